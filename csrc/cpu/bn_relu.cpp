@@ -1,0 +1,185 @@
+#include "bn_relu.h"
+
+#include <cmath>
+
+#include "bn_relu_driver.h"
+#include "operators.h"
+
+namespace fastres::cpu {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct Arguments {
+  const OptionalTensor &running_mean, &running_var, &weight, &bias;
+  bool training;
+  double momentum, eps;
+  bool relu;
+};
+
+void check_arguments(const at::Tensor& input, const OptionalTensor& residual, const Arguments& a) {
+  check_activation(input, "input", at::kCPU);
+  if (given(residual)) check_like(*residual, "residual", input, "input");
+  const int64_t channels = input.size(1);
+  check_per_channel(a.running_mean, "running_mean", channels, input);
+  check_per_channel(a.running_var, "running_var", channels, input);
+  check_per_channel(a.weight, "weight", channels, input);
+  check_per_channel(a.bias, "bias", channels, input);
+  if (a.training) {
+    TORCH_CHECK_VALUE(input.numel() != channels || channels == 0,
+                      "input: expected more than 1 value per channel when training, got shape ",
+                      input.sizes());
+  } else {
+    TORCH_CHECK(given(a.running_mean) && given(a.running_var),
+                given(a.running_mean) ? "running_var" : "running_mean",
+                ": expected running statistics when not training, got none");
+  }
+}
+
+// What the kernels need to know of each channel.
+template <typename A>
+class Channels {
+ public:
+  Channels(const Geometry& g, const Arguments& a, A* save_mean, A* save_invstd)
+      : channels_(g.channels),
+        inverse_count_(g.inverse_count()),
+        inverse_unbiased_(1.0 / static_cast<double>(g.per_channel() - 1)),
+        eps_(a.eps),
+        vectors_(g.channels, 4),
+        save_mean_(save_mean),
+        save_invstd_(save_invstd) {
+    read_channels<A>(a.weight, 1, channels_, vectors_[1]);
+    read_channels<A>(a.bias, 0, channels_, vectors_[2]);
+  }
+
+  // Statistics of this batch, from the sum and the sum of squared deviations of channel c.
+  void set_batch(int64_t c, double sum, double m2) {
+    vectors_[3][c] = static_cast<A>(m2 * inverse_unbiased_);
+    set(c, sum * inverse_count_, m2 * inverse_count_);
+  }
+
+  void set_running(const at::Tensor& mean, const at::Tensor& var) {
+    read_channels(mean, vectors_[0]);
+    read_channels(var, vectors_[3]);
+    for (int64_t c = 0; c < channels_; ++c) set(c, vectors_[0][c], vectors_[3][c]);
+  }
+
+  // r = (1 - momentum) * r + momentum * s, s being this batch's mean or unbiased variance.
+  void update_running(const Arguments& a) {
+    if (given(a.running_mean)) update(*a.running_mean, vectors_[0], a.momentum);
+    if (given(a.running_var)) update(*a.running_var, vectors_[3], a.momentum);
+  }
+
+  template <typename T>
+  Coefficients<T> coefficients(int64_t c) {
+    return {vectors_[0] + c, vectors_[1] + c, vectors_[2] + c, nullptr, nullptr};
+  }
+
+ private:
+  void set(int64_t c, double mean, double var) {
+    const A invstd = static_cast<A>(1.0 / std::sqrt(var + eps_));
+    vectors_[0][c] = save_mean_[c] = static_cast<A>(mean);
+    save_invstd_[c] = invstd;
+    vectors_[1][c] *= invstd;
+  }
+
+  void update(const at::Tensor& running, const A* batch, double momentum) {
+    running.unsafeGetTensorImpl()->bump_version();
+    const A m = static_cast<A>(momentum);
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, running.scalar_type(), "update_running", [&] {
+          auto* p = running.mutable_data_ptr<scalar_t>();
+          const int64_t stride = running.stride(0);
+          for (int64_t c = 0; c < channels_; ++c) {
+            scalar_t& r = p[c * stride];
+            r = static_cast<scalar_t>((1 - m) * static_cast<A>(r) + m * batch[c]);
+          }
+        });
+  }
+
+  int64_t channels_;
+  double inverse_count_, inverse_unbiased_, eps_;
+  ChannelVectors<A> vectors_;  // mean, scale, shift, variance
+  A *save_mean_, *save_invstd_;
+};
+
+template <typename T>
+void row_statistics(const Geometry& g, const T* x, const BnReluKernels<T>& kernels,
+                    Channels<acc_t<T>>& channels) {
+  const int64_t n = g.channels;
+  const std::unique_ptr<double[]> moments(new double[2 * n]());
+  double *sum = moments.get(), *m2 = sum + n;
+  reduce_rows(
+      g,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t width, double* a, double* b) {
+        kernels.row_moments(x + row * n + c, g.row_runs(rows, width), a, b);
+      },
+      [&](int64_t before, int64_t rows, const double* a, const double* b) {
+        const MomentsMerge merge(before, rows);
+        for (int64_t c = 0; c < n; ++c) {
+          const double delta = a[c] * merge.inverse_b - sum[c] * merge.inverse_a;
+          m2[c] += b[c] + delta * delta * merge.weight;
+          sum[c] += a[c];
+        }
+      });
+  for (int64_t c = 0; c < n; ++c) channels.set_batch(c, sum[c], m2[c]);
+}
+
+template <typename T>
+void forward(const Geometry& g, const T* x, const T* residual, T* y, const Arguments& a,
+             Channels<acc_t<T>>& channels) {
+  static const auto kernels = FASTRES_SELECT_KERNELS(bn_relu_kernels, T);
+  if (!a.training) channels.set_running(*a.running_mean, *a.running_var);
+  if (g.rows) {
+    if (a.training) row_statistics(g, x, kernels, channels);
+    const auto k = channels.template coefficients<T>(0);
+    for_all_rows(g, [&](int64_t begin, int64_t end) {
+      const int64_t i = begin * g.channels;
+      kernels.row_apply(x + i, residual ? residual + i : nullptr, y + i,
+                        g.row_runs(end - begin, g.channels), k, a.relu);
+    });
+  } else {
+    at::parallel_for(0, g.channels, grain(g.per_channel()), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t i = c * g.plane;
+        if (a.training) {
+          double sum, m2;
+          kernels.plane_moments(x + i, g.channel_planes(), &sum, &m2);
+          channels.set_batch(c, sum, m2);
+        }
+        kernels.plane_apply(x + i, residual ? residual + i : nullptr, y + i, g.channel_planes(),
+                            channels.template coefficients<T>(c), a.relu);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
+    const at::Tensor& input, const OptionalTensor& residual, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+    bool training, double momentum, double eps, bool relu) {
+  const Arguments a{running_mean, running_var, weight, bias, training, momentum, eps, relu};
+  check_arguments(input, residual, a);
+  const auto format = output_format(input);
+  const auto x = input.contiguous(format);
+  const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
+  auto output = empty_in(input, format);
+  Geometry g(x);
+  g.will_write(output.const_data_ptr());
+  const auto statistics = input.options().dtype(accumulate_dtype(input.scalar_type()));
+  auto save_mean = at::empty({g.channels}, statistics);
+  auto save_invstd = at::empty({g.channels}, statistics);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu", [&] {
+    using A = acc_t<scalar_t>;
+    Channels<A> channels(g, a, save_mean.mutable_data_ptr<A>(), save_invstd.mutable_data_ptr<A>());
+    forward<scalar_t>(g, x.const_data_ptr<scalar_t>(),
+                      r.defined() ? r.const_data_ptr<scalar_t>() : nullptr,
+                      output.mutable_data_ptr<scalar_t>(), a, channels);
+    if (training && g.numel() > 0) channels.update_running(a);
+  });
+  return {output, save_mean, save_invstd};
+}
+
+}  // namespace fastres::cpu

@@ -1,0 +1,181 @@
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/any.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/isnan.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "../checks.h"
+#include "conv_fold_cache.h"
+#include "invalid_flag.h"
+#include "operators.h"
+
+namespace fastres::cpu {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Pair check_pair(at::IntArrayRef values, const char* name, int64_t least) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, ": expected 1 or 2 integers, got ",
+              values);
+  const Pair pair{values.front(), values.back()};
+  TORCH_CHECK(pair[0] >= least && pair[1] >= least, name, ": expected values of at least ", least,
+              ", got ", values);
+  return pair;
+}
+
+// A tensor of the convolution: of input's device, and of its dtype or that of its accumulators.
+void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& input) {
+  check_tensor(t, name, at::kCPU);
+  const auto dtype = input.scalar_type(), wide = accumulate_dtype(dtype);
+  TORCH_CHECK(t.scalar_type() == dtype || t.scalar_type() == wide, name,
+              ": expected the dtype of input, ", dtype, ", or ", wide, ", got ", t.scalar_type());
+}
+
+std::array<int64_t, 4> output_size(const at::Tensor& input, const at::Tensor& weight,
+                                   const ConvGeometry& g) {
+  std::array<int64_t, 4> size{input.size(0), weight.size(0), 0, 0};
+  for (int d = 0; d < 2; ++d) {
+    const int64_t padded = input.size(2 + d) + 2 * g.padding[d];
+    const int64_t reach = g.dilation[d] * (weight.size(2 + d) - 1) + 1;
+    TORCH_CHECK(weight.size(2 + d) > 0 && reach <= padded, "input: padded it measures ", padded,
+                " in dimension ", 2 + d, ", less than the ", reach, " that weight of shape ",
+                weight.sizes(), " reaches over");
+    size[2 + d] = (padded - reach) / g.stride[d] + 1;
+  }
+  return size;
+}
+
+void check_arguments(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c) {
+  const auto& g = c.geometry;
+  check_parameter(c.weight, "weight", input);
+  TORCH_CHECK(c.weight.dim() == 4, "weight: expected a 4-D tensor (K, C / groups, R, S), got ",
+              c.weight.dim(), "-D of shape ", c.weight.sizes());
+  TORCH_CHECK(g.groups > 0, "groups: expected a positive integer, got ", g.groups);
+  const int64_t k = c.weight.size(0);
+  TORCH_CHECK(k > 0 && k % g.groups == 0, "weight: expected its ", k,
+              " output channels to be a positive multiple of groups, ", g.groups);
+  TORCH_CHECK(c.weight.size(1) * g.groups == input.size(1), "input: expected ",
+              c.weight.size(1) * g.groups, " channels for weight of shape ", c.weight.sizes(),
+              " and groups=", g.groups, ", got ", input.size(1));
+  if (given(c.bias)) check_parameter(*c.bias, "bias", input);
+  check_per_channel(c.bias, "bias", k, input);
+  check_per_channel(c.running_mean, "running_mean", k, input);
+  check_per_channel(c.running_var, "running_var", k, input);
+  check_per_channel(c.bn_weight, "bn_weight", k, input);
+  check_per_channel(c.bn_bias, "bn_bias", k, input);
+  const auto size = output_size(input, c.weight, g);
+  if (!given(residual)) return;
+  check_tensor(*residual, "residual", at::kCPU);
+  TORCH_CHECK(residual->sizes() == at::IntArrayRef(size), "residual: expected the shape of the ",
+              "convolution's output, ", at::IntArrayRef(size), ", got ", residual->sizes());
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(),
+              "residual: expected the dtype of input, ", input.scalar_type(), ", got ",
+              residual->scalar_type());
+}
+
+// --- oneDNN, through the operators that ATen registers for its own compiler ---
+
+template <typename Signature>
+auto find_operator(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+bool onednn_serves(at::ScalarType dtype) {
+  if (!at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) return false;
+  if (dtype == at::kFloat) return true;
+  static const bool bf16 = find_operator<bool()>("mkldnn::_is_mkldnn_bf16_supported", "").call();
+  static const bool fp16 = find_operator<bool()>("mkldnn::_is_mkldnn_fp16_supported", "").call();
+  return (dtype == at::kBFloat16 && bf16) || (dtype == at::kHalf && fp16);
+}
+
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using Text = std::optional<c10::string_view>;
+
+at::Tensor convolve(const at::Tensor& x, const FoldedConv& f, const ConvGeometry& g, bool relu) {
+  using Signature =
+      at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, at::IntArrayRef,
+                 at::IntArrayRef, at::IntArrayRef, int64_t, c10::string_view, Scalars, Text);
+  static const auto op = find_operator<Signature>("mkldnn::_convolution_pointwise", "");
+  return op.call(x, f.weight, f.bias, g.padding, g.stride, g.dilation, g.groups,
+                 relu ? "relu" : "none", Scalars(), "");
+}
+
+at::Tensor convolve_add(const at::Tensor& x, const at::Tensor& residual, const FoldedConv& f,
+                        const ConvGeometry& g, bool relu) {
+  using Signature =
+      at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                 at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, c10::string_view,
+                 std::optional<at::Scalar>, Text, Scalars, Text);
+  static const auto op = find_operator<Signature>("mkldnn::_convolution_pointwise", "binary");
+  if (g.groups != 1) {  // which this operator does not fuse, nor does it add bfloat16 then
+    const auto y = convolve(x, f, g, /*relu=*/false);
+    return relu ? add_relu(y, residual) : y.add(residual);
+  }
+  return op.call(x, residual, f.weight, f.bias, g.padding, g.stride, g.dilation, g.groups, "add",
+                 at::Scalar(1.0), relu ? Text("relu") : Text(), Scalars(), "");
+}
+
+// t in channels_last, with the strides to show it: a tensor with one channel or one pixel is dense
+// in either format, and ATen takes its slow path unless the strides say channels_last.
+at::Tensor in_channels_last(const at::Tensor& t) {
+  const auto dense = t.contiguous(at::MemoryFormat::ChannelsLast);
+  if (output_format(dense) == at::MemoryFormat::ChannelsLast) return dense;
+  const int64_t c = t.size(1), row = t.size(3) * c;
+  return dense.as_strided(t.sizes(), {t.size(2) * row, 1, row, c});
+}
+
+// Where oneDNN has no such convolution: ATen's, then the normalisation in one pass.
+at::Tensor unfolded(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c,
+                    bool relu) {
+  const auto& g = c.geometry;
+  const auto bias = given(c.bias) ? OptionalTensor(c.bias->to(c.dtype)) : std::nullopt;
+  const auto y =
+      at::conv2d(input, c.weight.to(c.dtype), bias, g.stride, g.padding, g.dilation, g.groups);
+  return std::get<0>(bn_relu(y, residual, c.running_mean, c.running_var, c.bn_weight, c.bn_bias,
+                             /*training=*/false, /*momentum=*/0, c.eps, relu));
+}
+
+}  // namespace
+
+at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& residual,
+                        const at::Tensor& running_mean, const at::Tensor& running_var,
+                        const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                        int64_t groups, double eps, bool relu) {
+  check_activation(input, "input", at::kCPU);
+  const ConvGeometry geometry{check_pair(stride, "stride", 1), check_pair(padding, "padding", 0),
+                              check_pair(dilation, "dilation", 1), groups};
+  const ConvBn c{weight,  bias,     running_mean, running_var,        bn_weight,
+                 bn_bias, geometry, eps,          input.scalar_type()};
+  check_arguments(input, residual, c);
+  // The operators below must not meet autograd or autocast again.
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  const bool channels_last = output_format(input) == kLast || output_format(weight) == kLast;
+  const auto format = channels_last ? kLast : at::MemoryFormat::Contiguous;
+  const auto x = in_channels_last(input);
+  // A map of one channel and one pixel has no strides that say channels_last.
+  if (!onednn_serves(c.dtype) || input.numel() == 0 || output_format(x) != kLast ||
+      weight.size(0) == 1) {
+    return unfolded(input, residual, c, relu).contiguous(format);
+  }
+  const auto folded = folded_conv(c, input.sizes());
+  const auto y = given(residual)
+                     ? convolve_add(x, in_channels_last(*residual), folded, geometry, relu)
+                     : convolve(x, folded, geometry, relu);
+  if (relu && take_invalid_flag()) {
+    // Somebody else may have left the flag up: then the folded result stands.
+    const auto exact = unfolded(input, residual, c, relu);
+    if (exact.isnan().any().item<bool>()) return exact.contiguous(format);
+  }
+  return y.contiguous(format);
+}
+
+}  // namespace fastres::cpu

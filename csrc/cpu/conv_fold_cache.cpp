@@ -1,0 +1,307 @@
+#include "conv_fold_cache.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/rsqrt.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+
+namespace fastres::cpu {
+namespace {
+
+constexpr size_t kPacks = 4;    // input sizes per entry
+constexpr size_t kEntries = 4;  // uses of one weight: other BNs, geometries, dtypes
+
+using Size = std::array<int64_t, 4>;
+
+// W' = W * s and b' = (b - mean) * s + beta with s = gamma / sqrt(var + eps), rounded once.
+FoldedConv fold(const ConvBn& c) {
+  const auto wide = accumulate_dtype(c.dtype);
+  const auto widen = [&](const at::Tensor& t) { return t.to(wide); };
+  auto scale = at::rsqrt(widen(c.running_var).add(c.eps));
+  if (given(c.bn_weight)) scale = scale.mul(widen(*c.bn_weight));
+  const auto mean = widen(c.running_mean);
+  auto bias = (given(c.bias) ? widen(*c.bias).sub(mean) : mean.neg()).mul(scale);
+  if (given(c.bn_bias)) bias = bias.add(widen(*c.bn_bias));
+  // Copied rather than made contiguous(), which leaves a 1x1 filter with strides of either format.
+  const auto weight =
+      at::empty(c.weight.sizes(),
+                c.weight.options().dtype(c.dtype).memory_format(at::MemoryFormat::ChannelsLast));
+  weight.copy_(widen(c.weight).mul(scale.view({-1, 1, 1, 1})));
+  return {weight, bias.to(c.dtype)};
+}
+
+at::Tensor pack(const at::Tensor& weight, const ConvGeometry& g, const Size& input_size) {
+  using Signature = at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                               int64_t, at::OptionalIntArrayRef);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mkldnn::_reorder_convolution_weight", "")
+                             .typed<Signature>();
+  return op.call(weight, g.padding, g.stride, g.dilation, g.groups, input_size);
+}
+
+// One element of every filter, for filters are what is pruned and swapped through `.data`. The
+// loads do not wait for each other: most of them miss the caches.
+template <typename Word>
+void sample_filters(const at::Tensor& weight, char* out) {
+  const auto* p = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t filters = weight.size(0), stride = weight.stride(0);
+  const auto filter = static_cast<uint64_t>(weight.numel() / filters);
+  for (int64_t i = 0; i < filters; ++i) {
+    // Multiples of the golden ratio, modulo one, spread evenly and hit no regular pattern.
+    const auto fraction = static_cast<uint32_t>(static_cast<uint64_t>(i) * 0x9E3779B9u);
+    const auto inside = static_cast<int64_t>((fraction * filter) >> 32);
+    std::memcpy(out + i * sizeof(Word), p + (i * stride + inside) * sizeof(Word), sizeof(Word));
+  }
+}
+
+// Calls f(bytes, size) on everything that an entry's validity is judged by.
+template <typename F>
+void visit_values(const ConvBn& c, const F& f) {
+  static thread_local std::vector<char> samples;
+  samples.resize(c.weight.size(0) * c.weight.itemsize());
+  switch (c.weight.itemsize()) {
+    case 2:
+      sample_filters<uint16_t>(c.weight, samples.data());
+      break;
+    case 4:
+      sample_filters<uint32_t>(c.weight, samples.data());
+      break;
+    default:
+      sample_filters<uint64_t>(c.weight, samples.data());
+  }
+  f(samples.data(), static_cast<int64_t>(samples.size()));
+  const auto vector = [&](const at::Tensor* t) {
+    const auto dtype = t ? t->scalar_type() : at::ScalarType::Undefined;
+    f(&dtype, sizeof(dtype));
+    if (t == nullptr) return;
+    const auto dense = t->contiguous();
+    f(dense.const_data_ptr(), static_cast<int64_t>(dense.nbytes()));
+  };
+  const auto optional = [&](const std::optional<at::Tensor>& t) {
+    vector(given(t) ? &*t : nullptr);
+  };
+  vector(&c.running_mean);
+  vector(&c.running_var);
+  optional(c.bn_weight);
+  optional(c.bn_bias);
+  optional(c.bias);
+}
+
+struct Pack {
+  Size input_size;
+  at::Tensor weight;  // undefined until the size comes a second time
+};
+
+// The storage stands for the weight: a weak reference to the tensor would forbid swap_tensors().
+const c10::StorageImpl* storage_of(const at::Tensor& t) {
+  return t.storage().unsafeGetStorageImpl();
+}
+
+struct Entry {
+  c10::weak_intrusive_ptr<c10::StorageImpl> owner;
+  const void* address;
+  std::vector<int64_t> sizes, strides;
+  std::optional<uint32_t> version;  // inference tensors have none
+  const void* running_mean;
+  ConvGeometry geometry;
+  double eps;
+  at::ScalarType dtype, weight_dtype;
+  std::string values;
+  at::Tensor dense, bias;  // dense is dropped once there is a pack
+  std::vector<Pack> packs;
+
+  explicit Entry(const ConvBn& c)
+      : owner(c.weight.storage().getWeakStorageImpl()),
+        address(c.weight.const_data_ptr()),
+        sizes(c.weight.sizes().vec()),
+        strides(c.weight.strides().vec()),
+        version(version_of(c.weight)),
+        running_mean(c.running_mean.const_data_ptr()),
+        geometry(c.geometry),
+        eps(c.eps),
+        dtype(c.dtype),
+        weight_dtype(c.weight.scalar_type()) {
+    visit_values(c, [&](const void* p, int64_t n) {
+      values.append(static_cast<const char*>(p), static_cast<size_t>(n));
+    });
+    auto folded = fold(c);
+    dense = std::move(folded.weight);
+    bias = std::move(folded.bias);
+  }
+
+  static std::optional<uint32_t> version_of(const at::Tensor& t) {
+    return t.is_inference() ? std::nullopt : std::optional<uint32_t>(t._version());
+  }
+
+  bool of_this_weight(const ConvBn& c) const {
+    return address == c.weight.const_data_ptr() && version == version_of(c.weight) &&
+           weight_dtype == c.weight.scalar_type() && c.weight.sizes() == sizes &&
+           c.weight.strides() == strides;
+  }
+
+  // Another BN after the same convolution has its own entry; a changed BN replaces its entry.
+  bool of_this_site(const ConvBn& c) const {
+    return dtype == c.dtype && geometry == c.geometry && eps == c.eps &&
+           running_mean == c.running_mean.const_data_ptr();
+  }
+
+  bool same_values(const ConvBn& c) const {
+    const char* p = values.data();
+    const char* const end = p + values.size();
+    bool same = true;
+    visit_values(c, [&](const void* q, int64_t n) {
+      same = same && n <= end - p && std::memcmp(p, q, static_cast<size_t>(n)) == 0;
+      p += same ? n : 0;
+    });
+    return same && p == end;
+  }
+
+  int64_t bytes() const {
+    int64_t total = static_cast<int64_t>(values.size() + bias.nbytes());
+    if (dense.defined()) total += static_cast<int64_t>(dense.nbytes());
+    for (const auto& p : packs) {
+      if (p.weight.defined()) total += p.weight.numel() * static_cast<int64_t>(p.weight.itemsize());
+    }
+    return total;
+  }
+};
+
+class FoldCache {
+ public:
+  FoldedConv get(const ConvBn& c, const Size& input_size) {
+    if (!c.weight.is_non_overlapping_and_dense()) return fold(c);
+    std::unique_lock lock(mutex_);
+    const auto entry = find(c);
+    if (entry == nullptr) {
+      lock.unlock();  // folding takes a while, and others need not wait
+      return add_entry(c, input_size);
+    }
+    const auto* known = find_pack(*entry, input_size);
+    if (known == nullptr) {
+      add_pack(*entry, input_size);
+      return {any_weight(*entry), entry->bias};
+    }
+    if (known->weight.defined()) return {known->weight, entry->bias};
+    auto dense = entry->dense;
+    lock.unlock();
+    if (!dense.defined()) dense = fold(c).weight;
+    const auto packed = pack(dense, c.geometry, input_size);
+    lock.lock();
+    if (auto* pack = find_pack(*entry, input_size)) {
+      pack->weight = packed;
+      entry->dense = at::Tensor();
+    }
+    return {packed, entry->bias};
+  }
+
+  FoldCacheInfo info() {
+    const std::lock_guard lock(mutex_);
+    FoldCacheInfo total{0, 0};
+    for (const auto& [_, entries] : entries_) {
+      for (const auto& entry : entries) {
+        if (entry->owner.expired()) continue;
+        ++total.entries;
+        total.bytes += entry->bytes();
+      }
+    }
+    return total;
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    entries_.clear();
+  }
+
+ private:
+  using Entries = std::vector<std::shared_ptr<Entry>>;
+
+  // The valid entry of c; those that turn out stale are dropped. The lock is held.
+  std::shared_ptr<Entry> find(const ConvBn& c) {
+    const auto slot = entries_.find(storage_of(c.weight));
+    if (slot == entries_.end()) return nullptr;
+    auto& entries = slot->second;
+    std::erase_if(entries, [&](const auto& e) { return !e->of_this_weight(c); });
+    const auto it = std::find_if(entries.begin(), entries.end(),
+                                 [&](const auto& e) { return e->of_this_site(c); });
+    if (it == entries.end()) return nullptr;
+    if ((*it)->same_values(c)) return *it;
+    entries.erase(it);
+    return nullptr;
+  }
+
+  FoldedConv add_entry(const ConvBn& c, const Size& input_size) {
+    const auto entry = std::make_shared<Entry>(c);
+    const FoldedConv folded{entry->dense, entry->bias};
+    add_pack(*entry, input_size);
+    const std::lock_guard lock(mutex_);
+    sweep();
+    auto& entries = entries_[storage_of(c.weight)];
+    // Another thread may have been faster: then there are two for a while, and either is right.
+    if (entries.size() == kEntries) entries.erase(entries.begin());
+    entries.push_back(entry);
+    return folded;
+  }
+
+  static Pack* find_pack(Entry& entry, const Size& input_size) {
+    const auto it = std::find_if(entry.packs.begin(), entry.packs.end(),
+                                 [&](const Pack& p) { return p.input_size == input_size; });
+    return it == entry.packs.end() ? nullptr : &*it;
+  }
+
+  // Remembers a size. One that was seen only once makes room, else the oldest: so some pack is left
+  // when the dense weight is gone.
+  static void add_pack(Entry& entry, const Size& input_size) {
+    auto& packs = entry.packs;
+    if (packs.size() == kPacks) {
+      const auto once = std::find_if(packs.begin(), packs.end(),
+                                     [](const Pack& p) { return !p.weight.defined(); });
+      packs.erase(once == packs.end() ? packs.begin() : once);
+    }
+    packs.push_back({input_size, at::Tensor()});
+  }
+
+  static at::Tensor any_weight(const Entry& entry) {
+    if (entry.dense.defined()) return entry.dense;
+    return std::find_if(entry.packs.begin(), entry.packs.end(),
+                        [](const Pack& p) { return p.weight.defined(); })
+        ->weight;
+  }
+
+  void sweep() {
+    for (auto slot = entries_.begin(); slot != entries_.end();) {
+      std::erase_if(slot->second, [](const auto& e) { return e->owner.expired(); });
+      slot = slot->second.empty() ? entries_.erase(slot) : std::next(slot);
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<const c10::StorageImpl*, Entries> entries_;
+};
+
+FoldCache& cache() {
+  static auto* const instance = new FoldCache;  // outlives every static destructor
+  return *instance;
+}
+
+}  // namespace
+
+FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size) {
+  return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]});
+}
+
+FoldCacheInfo fold_cache_info() { return cache().info(); }
+
+void clear_fold_cache() { cache().clear(); }
+
+}  // namespace fastres::cpu

@@ -1,0 +1,58 @@
+// Registration: the operators' schemas are defined in fastres/ops.py, implemented here.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/capability.h"
+#include "cpu/conv_fold_cache.h"
+#include "cpu/operators.h"
+#include "cuda/operators.h"
+
+TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("add_relu", &fastres::cpu::add_relu);
+  m.impl("add_relu_backward", &fastres::cpu::add_relu_backward);
+  m.impl("bn_relu", &fastres::cpu::bn_relu);
+  m.impl("bn_relu_backward", &fastres::cpu::bn_relu_backward);
+  m.impl("conv_bn_relu", &fastres::cpu::conv_bn_relu);
+}
+
+#if defined(FASTRES_CUDA)
+TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
+  m.impl("add_relu", &fastres::cuda::add_relu);
+  m.impl("add_relu_backward", &fastres::cuda::add_relu_backward);
+}
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = FASTRES_VERSION;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = "g++ " __VERSION__;
+  info["cpu_capabilities"] = fastres::cpu::compiled_capabilities();
+  info["cpu_capability"] = fastres::cpu::capability_name();
+  info["cuda"] = kCuda;
+  info["cuda_archs"] = pybind11::str(FASTRES_CUDA_ARCHS).attr("split")();
+  return info;
+}
+
+pybind11::dict cache_info() {
+  const auto cache = fastres::cpu::fold_cache_info();
+  pybind11::dict info;
+  info["entries"] = cache.entries;
+  info["bytes"] = cache.bytes;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of fastres; see fastres.ops for their schemas.";
+  m.def("build_info", &build_info, "What this extension was built with and runs on.");
+  m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");
+  m.def("clear_cache", &fastres::cpu::clear_fold_cache, "Drops the folded convolution weights.");
+}

@@ -1,0 +1,23 @@
+"""fastres: fused ResNet operators for PyTorch, with the numbers of eager PyTorch.
+
+>>> model = fastres.convert(torchvision.models.resnet50())
+"""
+
+from . import functional, models, nn, ops, reference
+from .backend import backend, backends
+from .convert import convert, revert, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backend",
+    "backends",
+    "convert",
+    "functional",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "revert",
+    "summary",
+]

@@ -1,0 +1,100 @@
+"""The custom autograd functions of the fused operators.
+
+They only save and route tensors; the maths is in the operators of :mod:`fastres.ops`. A gradient
+that nobody needs is neither computed nor kept alive for. When a graph of the backward is asked for
+(``create_graph=True``), the backward is spelled in PyTorch's own differentiable operators.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors must be recorded by autograd."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class AddReLU(torch.autograd.Function):
+    """``relu(input + residual)``; both gradients are ``grad * [output > 0]``."""
+
+    @staticmethod
+    def forward(ctx, input, residual):
+        output = ops.add_relu(input, residual)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (output,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad = torch.where(output <= 0, 0, grad_output)
+        else:
+            grad = ops.add_relu_backward(grad_output, output)
+        return tuple(grad if needed else None for needed in ctx.needs_input_grad)
+
+
+class BNReLU(torch.autograd.Function):
+    """``act(batch_norm(input) + residual)``, see ``fastres::bn_relu``.
+
+    Saved are the input, the per-channel vectors and, only with a residual, the output: without one
+    the ReLU's mask is recomputed from the input, which the backward reads anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, residual, running_mean, running_var, weight, bias,
+        training, momentum, eps, relu,
+    ):  # fmt: skip
+        output, mean, invstd = ops.bn_relu(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        )
+        masked = output if relu and residual is not None else None
+        ctx.save_for_backward(input, masked, weight, bias, mean, invstd)
+        ctx.training, ctx.eps, ctx.relu = training, eps, relu
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, output, weight, bias, mean, invstd = ctx.saved_tensors
+        need_input, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
+        backward = ops.bn_relu_backward
+        if torch.is_grad_enabled():
+            backward = reference.bn_relu_backward
+            if ctx.training:
+                mean, invstd = reference.batch_statistics(input, ctx.eps)
+        grad_input, grad_residual, grad_weight, grad_bias = backward(
+            grad_output, input, output, weight, bias, mean, invstd, ctx.training, ctx.relu,
+            [need_input, need_residual, need_weight or need_bias],
+        )  # fmt: skip
+        return (
+            grad_input if need_input else None,
+            grad_residual if need_residual else None,
+            None,
+            None,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+            *(None,) * 4,
+        )
+
+
+def add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    if needs_graph(input, residual):
+        return AddReLU.apply(input, residual)
+    return ops.add_relu(input, residual)
+
+
+def bn_relu(
+    input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+) -> Tensor:
+    if not training and torch.compiler.is_compiling():
+        # the schema allows the operator to write them: copies keep the traced graph free of
+        # buffer mutations that eval does not have
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    arguments = (
+        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
+    )  # fmt: skip
+    if needs_graph(input, residual, weight, bias):
+        return BNReLU.apply(*arguments)
+    return ops.bn_relu(*arguments)[0]

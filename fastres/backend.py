@@ -1,0 +1,147 @@
+"""Which backend serves a call, and why: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``eager``.
+
+``auto`` takes the best that serves the tensor's device; ``eager`` is PyTorch's own operators. The
+choice is one for the process, as PyTorch's ``torch.backends`` flags are.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch.autograd import forward_ad
+
+from . import ops
+
+NAMES = ("auto", "cuda", "triton", "cpu", "eager")
+ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
+
+_OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu")
+# (backend, operator) for every compiled implementation; the device's name is the backend's
+_COMPILED = {
+    (device, operator)
+    for device in ("cpu", "cuda")
+    for operator in _OPERATORS
+    if ops.has_kernel(operator, device)
+}
+# the backends that may serve a device, best first
+_BEST = {"cpu": ("cpu",), "cuda": ("cuda",)}
+
+_requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can serve here; if not, ``reason`` says why and how to mend it."""
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def backends() -> dict[str, Status]:
+    """What each backend can do on this machine, by name."""
+    return {
+        "cuda": _cuda_status(),
+        "triton": Status(False, "this version of fastres has no Triton kernels"),
+        "cpu": _cpu_status(),
+        "eager": Status(True),
+    }
+
+
+def _extension_missing() -> str:
+    package = Path(__file__).parent
+    if (package.parent / "setup.py").exists():
+        where = (
+            f"fastres was imported from its source tree, {package}, which shadows an installed one; "
+            "build in place with 'pip install --no-build-isolation -e .', or start Python elsewhere"
+        )
+    else:
+        where = "reinstall fastres with 'pip install .' in its checkout; it needs a C++ compiler"
+    return f"the compiled extension did not load ({ops.extension_error}); {where}"
+
+
+def _cpu_status() -> Status:
+    if ops.extension is None:
+        return Status(False, _extension_missing())
+    return Status(True)
+
+
+def _cuda_status() -> Status:
+    if ops.extension is None:
+        return Status(False, _extension_missing())
+    if not any(name == "cuda" for name, _ in _COMPILED):
+        return Status(
+            False, "the extension was built without CUDA; rebuild it with FASTRES_CUDA=1 and nvcc"
+        )
+    if not torch.cuda.is_available():
+        return Status(
+            False, "torch.cuda.is_available() is False: no usable GPU, or a CPU-only torch"
+        )
+    return Status(True)
+
+
+class backend:
+    """Context manager: serve every call inside by the named backend.
+
+    >>> with fastres.backend("eager"):
+    ...     reference = model(images)
+
+    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend
+    that cannot serve on this machine. Calls inside raise ``RuntimeError`` where the backend has no
+    kernel for their device or operator.
+    """
+
+    def __init__(self, name: str):
+        _validate(name, "name")
+        self.name = name
+        self._outer: list[str] = []  # a stack: the same object may be entered again inside itself
+
+    def __enter__(self) -> Self:
+        global _requested
+        self._outer.append(_requested)
+        _requested = self.name
+        return self
+
+    def __exit__(self, *exception) -> None:
+        global _requested
+        _requested = self._outer.pop()
+
+
+def _validate(name: str, argument: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{argument}: expected one of {', '.join(NAMES)}, got {name!r}")
+    status = backends().get(name, Status(True))
+    if not status:
+        raise RuntimeError(f"{argument}: backend {name!r} cannot serve: {status.reason}")
+
+
+def serving(operator: str, device: torch.device) -> str:
+    """The name of the backend that serves ``operator`` for a tensor on ``device``.
+
+    Forward-mode derivatives and ``torch.func`` transforms have rules for PyTorch's own operators
+    only: there it is ``eager``, whatever was asked for.
+    """
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "eager"
+    if _requested == "auto":
+        for name in _BEST.get(device.type, ()):
+            if (name, operator) in _COMPILED:
+                return name
+        return "eager"
+    if _requested == "eager":
+        return "eager"
+    if _requested != device.type or (_requested, operator) not in _COMPILED:
+        _refuse(operator, device)
+    return _requested
+
+
+def _refuse(operator: str, device: torch.device) -> None:
+    _validate(_requested, ENVIRONMENT_VARIABLE)
+    raise RuntimeError(
+        f"backend {_requested!r} was asked for, but it cannot serve {operator} on a {device.type} "
+        "tensor; use 'auto' to let each call choose"
+    )

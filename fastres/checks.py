@@ -1,0 +1,139 @@
+"""Argument checks of the fused operators: each message names the argument, what was expected and
+what came. They run before any kernel, so a refused call changes nothing.
+
+Errors are of the kind PyTorch raises for the same mistake where it has one.
+"""
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def activation(input: Tensor, name: str = "input") -> None:
+    """A floating-point tensor of shape (N, C, H, W)."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+    if input.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(input)}"
+        )
+    if input.dim() != 4:
+        raise ValueError(
+            f"{name}: expected 4 dimensions (N, C, H, W), got {input.dim()}: {_shape(input)}"
+        )
+
+
+def residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device) -> None:
+    """The shape, dtype and device of what it is added to."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
+    if residual.shape != shape:
+        raise RuntimeError(f"residual: expected shape {tuple(shape)}, got {_shape(residual)}")
+    if residual.dtype != dtype:
+        raise TypeError(f"residual: expected {str(dtype)[6:]}, got {_dtype(residual)}")
+    _same_device("residual", residual, device)
+
+
+def convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups) -> None:
+    """``weight`` (K, C / groups, R, S) and the geometry of F.conv2d, as pairs."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"weight: expected 4 dimensions (K, C / groups, R, S), got {_shape(weight)}"
+        )
+    for name, pair, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if pair[0] < least or pair[1] < least:
+            raise RuntimeError(f"{name}: expected at least {least}, got {tuple(pair)}")
+    channels, filters = input.shape[1], weight.shape[0]
+    if groups < 1 or channels % groups or filters % groups:
+        raise RuntimeError(
+            f"groups: expected a divisor of the {channels} input and {filters} output channels, "
+            f"got {groups}"
+        )
+    if weight.shape[1] * groups != channels:
+        raise RuntimeError(
+            f"weight: expected {channels // groups} channels a filter for input "
+            f"{_shape(input)} with groups={groups}, got {_shape(weight)}"
+        )
+    _same_device("weight", weight, input.device)
+    if bias is not None:
+        _vector("bias", bias, filters, input.device)
+
+
+def output_map(size, kernel, padding) -> None:
+    """A convolution's output must have at least one row and column."""
+    if size[2] < 1 or size[3] < 1:
+        raise RuntimeError(
+            f"weight: kernel {tuple(kernel)} does not fit the input padded by {tuple(padding)}; "
+            f"the output would be {tuple(size[2:])}"
+        )
+
+
+def batch_norm(
+    shape, dtype, device, running_mean, running_var, weight, bias, training, eps,
+    names=("weight", "bias"),
+) -> None:  # fmt: skip
+    """The parameters and statistics of F.batch_norm, vectors of C values, on a map of ``shape``."""
+    if training:
+        if shape[0] * shape[2] * shape[3] == 1:
+            raise ValueError(
+                "input: expected more than 1 value per channel when training, "
+                f"got input size {tuple(shape)}"
+            )
+    elif running_mean is None or running_var is None:
+        name = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{name}: expected a Tensor when training=False, got None")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(
+            f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}"
+        )
+    if (running_mean is None) != (running_var is None):
+        name = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{name}: expected a Tensor beside the other running statistic, got None")
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        (names[0], weight),
+        (names[1], bias),
+    ):
+        if vector is not None:
+            _vector(name, vector, shape[1], device)
+            # as eager: the activations' dtype, or fp32 beside narrower activations
+            if vector.dtype != dtype and (vector.dtype != torch.float32 or dtype == torch.float64):
+                raise RuntimeError(
+                    f"{name}: expected {str(dtype)[6:]} (or float32 beside a narrower input), "
+                    f"got {_dtype(vector)}"
+                )
+
+
+def same_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
+    """A convolution's operands have one dtype (that of autocast, where it applies)."""
+    if given != expected:
+        raise RuntimeError(f"{name}: expected {str(expected)[6:]}, got {str(given)[6:]}")
+
+
+def _vector(name: str, vector: Tensor, length: int, device: torch.device) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(vector).__name__}")
+    if vector.dim() != 1 or vector.shape[0] != length:
+        raise RuntimeError(f"{name}: expected shape ({length},), got {_shape(vector)}")
+    _same_device(name, vector, device)
+
+
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise RuntimeError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,46 @@
+"""Additions as an author wrote them, in front of :mod:`fastres.sites`.
+
+``out += x`` keeps the shape and dtype of ``out``, which ``out + x`` need not; and an operand may be a
+number. Only where that makes no difference, the addition is part of a site.
+"""
+
+import operator
+
+from torch import Tensor
+
+from .. import sites
+
+
+def conv_bn_add_act(input, conv, bn, act, residual, via=(), in_place=False):
+    """``act(bn(conv(input)) + residual)``, or ``+=``."""
+    if in_place and not _fits(residual, input, conv):
+        output = sites.conv_bn_act(input, conv, bn, via=via)
+        return act(operator.iadd(output, residual))
+    return sites.conv_bn_act(input, conv, bn, act, residual, via)
+
+
+def bn_add_act(input, bn, act, residual, via=(), in_place=False):
+    """``act(bn(input) + residual)``, or ``+=``."""
+    if in_place and not _alike(residual, input):
+        return act(operator.iadd(sites.bn_act(input, bn, via=via), residual))
+    return sites.bn_act(input, bn, act, residual, via)
+
+
+def add_act(input, residual, act, in_place=False):
+    """``act(input + residual)``, or ``+=``."""
+    if _alike(residual, input):
+        return sites.add_act(input, residual, act)
+    return act((operator.iadd if in_place else operator.add)(input, residual))
+
+
+def _fits(residual, input: Tensor, conv) -> bool:
+    """Whether the residual has the shape and dtype of what the convolution gives."""
+    if not isinstance(residual, Tensor) or input.dim() != 4 or sites.why_not_conv(conv):
+        return False
+    return sites.fits_convolution(residual, input, conv)
+
+
+def _alike(residual, input) -> bool:
+    if not (isinstance(residual, Tensor) and isinstance(input, Tensor)):
+        return False
+    return residual.shape == input.shape and residual.dtype == input.dtype

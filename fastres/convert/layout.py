@@ -1,0 +1,89 @@
+"""channels_last inside, whatever the caller's format is.
+
+Convolutions and the fused operators are fastest on CPU with the channels innermost. So the topmost
+converted modules (*entries*) switch contiguous images to channels_last on the way in and give
+contiguous results back. Only a region is entered whose code cannot tell: see :mod:`fastres.convert.region`.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils.hooks import RemovableHandle
+
+from ..backend import serving
+
+ALWAYS, IN_EVAL = "always", "in eval"  # what an entry's _fastres_entry says
+
+# entry -> (number of hooks ever registered when it was looked at, whether any sees values)
+_looked_at: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def run(function, module: nn.Module, args: tuple):
+    """``function(module, *args)``, in channels_last if that serves."""
+    if not _applies(module, args):
+        return function(module, *args)
+    output = function(module, *(_channels_last(arg) if _is_image(arg) else arg for arg in args))
+    return _contiguous(output)
+
+
+def _applies(module: nn.Module, args: tuple) -> bool:
+    image = next((arg for arg in args if _is_image(arg)), None)
+    return (
+        image is not None
+        and image.is_contiguous()
+        and not _has_channels_last_strides(image)
+        and image.numel() > 0
+        and not (module.training and module._fastres_entry == IN_EVAL)
+        and not torch.compiler.is_compiling()
+        and serving("conv_bn_relu", image.device) == "cpu"
+        and not _is_watched(module)
+    )
+
+
+def _is_image(value) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 4
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def _has_channels_last_strides(image: Tensor) -> bool:
+    """Also right where one channel or a 1x1 map is contiguous in either format."""
+    return image.stride(1) == 1 and image.is_contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    n, c, h, w = image.shape
+    if c == 1:  # contiguous in both formats: only the strides tell
+        return image.as_strided((n, c, h, w), (h * w, 1, w, 1))
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _contiguous(output):
+    """The 4-d tensors in an output made contiguous, in the containers they come in."""
+    if isinstance(output, Tensor):
+        return output.contiguous() if _is_image(output) else output
+    if type(output) in (list, tuple):
+        return type(output)(_contiguous(item) for item in output)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(_contiguous(item) for item in output))
+    if isinstance(output, dict):
+        for key, value in output.items():
+            output[key] = _contiguous(value)
+    return output
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook inside sees values; looked up again only when a hook was added somewhere."""
+    stamp, watched = _looked_at.get(module, (None, False))
+    if stamp != RemovableHandle.next_id:
+        watched = bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+        for inner in module.modules():
+            if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
+                watched = True
+        _looked_at[module] = (RemovableHandle.next_id, watched)
+    return watched

@@ -1,0 +1,225 @@
+"""What a converted module runs instead of its author's forward: one generated function per mode."""
+
+import itertools
+import linecache
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from .. import sites
+from . import calls, match, region
+from .effects import Effects
+from .purity import Refused, attribute_path
+from .swap import is_plain_container, original_class
+from .trace import Trace, trace
+
+_count = itertools.count()
+
+
+class _Name(str):
+    """A name that generated code writes as it stands."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+_RELU = _Name("_relu")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A fused call in a module's forward; paths are relative to that module."""
+
+    kind: str
+    conv: str | None
+    bn: str | None
+    via: tuple[str, ...]
+    act: str | None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(p for p in (self.conv, self.bn, *self.via, self.act) if p is not None)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode's half of a plan.
+
+    ``holds`` tells whether what the trace burned in is still so; ``alone`` maps the path of a leaf,
+    or a functional ReLU's name, to why it is in no site; ``inlined`` are containers looked into.
+    """
+
+    run: Callable
+    holds: Callable[[nn.Module], bool] = lambda module: True
+    sites: tuple[Site, ...] = ()
+    alone: dict[str, str] = field(default_factory=dict)
+    inlined: tuple[str, ...] = ()
+    refusal: str = ""
+    on_strides: str = ""  # why the forward depends on its values' strides
+    rewritten: bool = False  # to depend on them no longer
+    random: bool = False  # draws random numbers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Both modes; holds no module, so that copies of a module share it."""
+
+    train: Mode
+    evaluate: Mode
+    required: tuple[str, ...] = ()
+    defaults: dict[str, object] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        # flat, for the quick path of a call
+        object.__setattr__(self, "arity", len(self.required))
+        object.__setattr__(self, "run_train", self.train.run)
+        object.__setattr__(self, "run_evaluate", self.evaluate.run)
+
+    @property
+    def serves(self) -> bool:
+        return bool(self.train.sites or self.evaluate.sites)
+
+    @property
+    def rewritten(self) -> bool:
+        return self.train.rewritten or self.evaluate.rewritten
+
+    def mode(self, training: bool) -> Mode:
+        return self.train if training else self.evaluate
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return _no_plan, ()  # generated code is made anew where it is loaded
+
+
+def _no_plan() -> None:
+    """What a pickled plan becomes: the module's next forward makes another."""
+
+
+def build(module: nn.Module, known: dict) -> Plan:
+    """Plan ``module``'s forward; a mode that cannot be planned runs the author's forward."""
+    modes, traces = [], []
+    for training in (True, False):
+        try:
+            traced, matches = _analyse(module, training, known)
+            modes.append(_mode(module, traced, matches, known))
+        except Refused as refusal:
+            modes.append(Mode(original_class(module).forward, refusal=str(refusal)))
+        else:
+            traces.append(traced)
+    if not traces:
+        return Plan(*modes)
+    names = frozenset().union(*(traced.names for traced in traces))
+    return Plan(*modes, traces[0].required, traces[0].defaults, names)
+
+
+def _analyse(module: nn.Module, training: bool, known: dict) -> tuple[Trace, match.Matches]:
+    """Trace and match, looking into those containers only whose border a match crosses."""
+    forward = original_class(module).forward
+    traced = trace(module, forward, training, is_plain_container)
+    matches = match.find(traced, Effects(traced, known))
+    crossed = set()
+    for found in matches.found:
+        within = {_container(node, traced) for node in found.nodes}
+        if len(within) > 1:
+            crossed.update(within)
+    keep = {
+        path
+        for path in traced.inlined
+        if any(f"{inner}.".startswith(f"{path}.") for inner in crossed)
+    }
+    if len(keep) < len(traced.inlined):
+        kept = {traced.modules[path] for path in keep}
+        traced = trace(module, forward, training, kept.__contains__)
+        matches = match.find(traced, Effects(traced, known))
+    return traced, matches
+
+
+def _container(node: Node, traced: Trace) -> str:
+    """Path of the inlined container that a node stands in, "" for the module's own forward."""
+    parent = node.target.rpartition(".")[0] if node.op == "call_module" else ""
+    return parent if parent in traced.inlined else ""
+
+
+def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict) -> Mode:
+    if not traced.required:
+        raise Refused("forward has no required parameter")
+    random = any(map(region.draws_random_numbers, traced.graph.nodes))
+    on_strides, rewritten = region.for_any_strides(traced, Effects(traced, known))
+    alone = {}
+    for node, reason in matches.reasons.items():
+        alone[node.target if node.op == "call_module" else node.name] = reason
+    replaced: dict[Node, Node] = {}
+    for found in matches.found:
+        _replace(traced, found, replaced)
+    made = tuple(
+        Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None)
+        for m in matches.found
+    )
+    run, holds = _generate(module, traced)
+    return Mode(
+        run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
+        random=random,
+    )  # fmt: skip
+
+
+def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> None:
+    """Put one fused call in the place of a match's last node."""
+    graph, last = traced.graph, found.nodes[-1]
+    input = replaced.get(found.input, found.input)
+    residual = replaced.get(found.residual, found.residual)
+    with graph.inserting_before(last):
+
+        def get(path: str | None) -> Node | None:
+            return None if path is None else graph.create_node("get_attr", path)
+
+        act = get(found.act) if isinstance(found.act, str) else found.act and _RELU
+        rest = {"via": tuple(get(path) for path in found.via), "in_place": found.in_place}
+        rest = {name: value for name, value in rest.items() if value}
+        bn, added = get(found.bn), residual is not None
+        if bn is None:
+            call = graph.call_function(calls.add_act, (input, residual, act), rest)
+        elif found.conv is None:
+            target = calls.bn_add_act if added else sites.bn_act
+            call = graph.call_function(target, (input, bn, act, residual), rest)
+        else:
+            target = calls.conv_bn_add_act if added else sites.conv_bn_act
+            arguments = (input, get(found.conv), bn, act, residual)
+            call = graph.call_function(target, arguments, rest)
+    replaced[last] = call
+    last.replace_all_uses_with(call)
+    for node in reversed(found.nodes):
+        graph.erase_node(node)
+
+
+def _generate(module: nn.Module, traced: Trace) -> tuple[Callable, Callable]:
+    """The graph as a function of ``self`` and the arguments, and the check it stands behind."""
+    code = traced.graph.python_code("self")
+    namespace = {**code.globals, **traced.libraries, _RELU: F.relu}
+    conditions = []
+    for index, (expression, expected) in enumerate(traced.guards.items()):
+        namespace[f"_expected_{index}"] = expected
+        conditions.append(f"({expression}) == _expected_{index}")
+    for path in traced.inlined:
+        namespace["_is_plain_container"] = is_plain_container
+        conditions.append(f"_is_plain_container({attribute_path(path)})")
+    definition, body = code.src.lstrip().split("\n", 1)
+    source = f"def holds(self):\n    return {' and '.join(conditions) or True}\n\n\n{definition}\n"
+    if conditions:
+        namespace["_author"] = original_class(module).forward
+        arguments = definition[definition.index("(") : definition.index(")") + 1]
+        source += f"    if not holds(self):\n        return _author{arguments}\n"
+    file = f"<fastres {original_class(module).__name__} {next(_count)}>"
+    source += body
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), namespace)  # noqa: S102
+    weakref.finalize(namespace["forward"], linecache.cache.pop, file, None)
+    return namespace["forward"], namespace["holds"]

@@ -1,0 +1,149 @@
+"""Which backend serves, who may be asked for, and what is said where one cannot serve."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from agreement import Calls
+from conftest import backend_module
+
+import fastres
+from fastres import functional, ops
+
+X = torch.randn(2, 3, 5, 7)
+
+
+def served_by_operators() -> bool:
+    with Calls() as calls:
+        functional.add_relu(X, X)
+    return calls.names == ["add_relu"]
+
+
+def test_every_backend_has_a_status_and_a_reason():
+    statuses = fastres.backends()
+    assert list(statuses) == ["cuda", "triton", "cpu", "eager"]
+    assert statuses["eager"].available
+    for name, status in statuses.items():
+        assert isinstance(status.available, bool) and bool(status) == status.available
+        assert status.available or len(status.reason) > 20, f"{name}: no reason given"
+    assert statuses["cpu"].available == ops.has_kernel("add_relu", "cpu")
+
+
+def test_the_context_chooses_and_restores():
+    assert served_by_operators()
+    with fastres.backend("eager") as entered:
+        assert entered.name == "eager" and not served_by_operators()
+        with fastres.backend("auto"):
+            assert served_by_operators()
+        assert not served_by_operators()
+    assert served_by_operators()
+
+
+def test_the_context_is_left_by_an_error_too():
+    with pytest.raises(KeyError), fastres.backend("eager"):
+        raise KeyError
+    assert served_by_operators()
+
+
+def test_one_context_object_entered_twice():
+    """Seen to fail: the inner exit forgot what was requested outside."""
+    eager = fastres.backend("eager")
+    with eager, eager:
+        assert not served_by_operators()
+    assert served_by_operators()
+    with eager:
+        assert not served_by_operators()
+    assert served_by_operators()
+
+
+def test_the_choice_holds_in_every_thread():
+    seen = []
+    with fastres.backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(served_by_operators()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("name", ["CPU", "gpu", "", "inductor", None, 3])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="name: expected one of auto, cuda, triton, cpu, eager"):
+        fastres.backend(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "cpu"])
+def test_an_unavailable_backend_says_why(monkeypatch, name):
+    reason = "there is none in this test; build one"
+    monkeypatch.setattr(
+        backend_module, "backends", lambda: {name: backend_module.Status(False, reason)}
+    )
+    with pytest.raises(RuntimeError, match=f"name: backend '{name}' cannot serve: {reason}"):
+        fastres.backend(name)
+
+
+def test_no_gpu_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve: .*(CUDA|GPU|extension)"):
+        fastres.backend("cuda")
+
+
+def test_a_missing_extension_is_said(monkeypatch):
+    monkeypatch.setattr(ops, "extension", None)
+    monkeypatch.setattr(ops, "extension_error", ImportError("No module named 'fastres._C'"))
+    status = fastres.backends()["cpu"]
+    assert not status
+    assert "fastres._C" in status.reason and "pip install" in status.reason
+
+
+def test_a_backend_that_lacks_the_device_refuses(monkeypatch):
+    if not fastres.backends()["cpu"]:
+        pytest.skip("the compiled extension is not installed")
+    with fastres.backend("cpu"):
+        assert served_by_operators()
+        meta = X.to("meta")
+        with pytest.raises(RuntimeError, match="'cpu' was asked for.*add_relu on a meta tensor"):
+            functional.add_relu(meta, meta)
+        monkeypatch.setattr(backend_module, "_COMPILED", set())
+        with pytest.raises(RuntimeError, match="'cpu' was asked for.*bn_relu on a cpu tensor"):
+            functional.bn_relu(X, torch.zeros(3), torch.ones(3))
+
+
+def test_other_devices_get_the_eager_maths():
+    meta = X.to("meta")
+    assert functional.add_relu(meta, meta).shape == X.shape
+
+
+def in_a_new_process(code: str, **environment) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+
+
+CALL = """
+import torch, fastres
+x = torch.randn(2, 3, 5, 7)
+print(torch.equal(fastres.functional.add_relu(x, -2 * x), torch.relu(-x)))
+"""
+
+
+def test_the_environment_variable():
+    assert in_a_new_process(CALL, FASTRES_BACKEND="eager").stdout == "True\n"
+    unknown = in_a_new_process(CALL, FASTRES_BACKEND="tpu")
+    assert unknown.returncode and "FASTRES_BACKEND: expected one of auto" in unknown.stderr
+
+
+def test_import_without_the_compiled_extension():
+    """The eager maths serves; asking for the missing backend says how to mend it."""
+    hide = "import sys; sys.modules['fastres._C'] = None\n"
+    asked = "\ntry:\n    fastres.backend('cpu')\nexcept RuntimeError as e:\n    print(e)"
+    done = in_a_new_process(hide + CALL + asked)
+    assert done.returncode == 0, done.stderr
+    served, message = done.stdout.splitlines()
+    assert served == "True"
+    assert "the compiled extension did not load" in message and "pip install" in message

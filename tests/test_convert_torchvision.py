@@ -1,0 +1,201 @@
+"""torchvision's models, converted, beside themselves left eager."""
+
+import copy
+
+import pytest
+import torch
+from converting import assert_same, kinds, reasons, results, single_threaded
+from torch import nn
+
+import fastres
+from fastres.compat import import_torchvision
+
+one_thread = pytest.fixture(autouse=True)(single_threaded)
+
+torchvision = import_torchvision()
+models = torchvision.models
+Bottleneck = models.resnet.Bottleneck
+
+
+def assert_whole_model_agrees(model: nn.Module, x: torch.Tensor, scale: float = 1) -> nn.Module:
+    """Everything a train step and an eval call give, in fp64; then fp32 in eval.
+
+    In fp64 only: some fifty batch norms over few values amplify fp32's rounding (and flip ReLUs) so
+    far that eager does not agree with itself in another memory format.
+    """
+    model = model.double()
+    converted = fastres.convert(model, inplace=False)
+    for training in (True, False):
+        ours = results(converted, [x.double()], training, grad=training)
+        eager = results(model, [x.double()], training, grad=training)
+        assert_same(ours, eager, rtol=1e-9 * scale)
+    truth = eager["output 0"]
+    narrow = [
+        results(copy.deepcopy(m).float(), [x], False, grad=False)["output 0"].double()
+        for m in (converted, model)
+    ]
+    error, eager_error = ((y - truth).abs().max().item() for y in narrow)
+    assert error <= 2 * eager_error + 1e-5 * truth.abs().max().item()
+    return converted
+
+
+BOTTLENECKS = {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", {"conv_bn_relu": 9, "conv_bn_add_relu": 8, "conv_bn": 3}),
+        ("resnet50", BOTTLENECKS),
+        ("resnext50_32x4d", BOTTLENECKS),
+        ("wide_resnet50_2", BOTTLENECKS),
+        ("resnet152", {"conv_bn_relu": 101, "conv_bn_add_relu": 50, "conv_bn": 4}),
+    ],
+)
+def test_every_site_of_a_resnet_is_fused(name, expected):
+    with torch.device("meta"):
+        converted = fastres.convert(getattr(models, name)())
+    assert kinds(converted) == expected and reasons(converted) == {}
+    assert converted._fastres_entry == "always"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.resnet18(num_classes=10),
+        lambda: models.resnet50(num_classes=10),
+        # as resnext50_32x4d and wide_resnet50_2, with fewer blocks
+        lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], 10, groups=32, width_per_group=4),
+        lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], 10, width_per_group=128),
+    ],
+    ids=["resnet18", "resnet50", "resnext", "wide_resnet"],
+)
+def test_resnets(make):
+    assert_whole_model_agrees(make(), torch.randn(2, 3, 33, 40))
+
+
+def test_zero_initialised_residuals_and_dilation():
+    model = models.ResNet(
+        Bottleneck, [1, 1, 2, 1], 4, zero_init_residual=True,
+        replace_stride_with_dilation=[False, True, True],
+    )  # fmt: skip
+    converted = assert_whole_model_agrees(model, torch.randn(2, 3, 33, 35))
+    assert kinds(converted)["conv_bn_add_relu"] == 5
+
+
+def segmenter(name: str) -> nn.Module:
+    return getattr(models.segmentation, name)(
+        weights=None, weights_backbone=None, num_classes=3, aux_loss=True
+    )
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_every_site_of_a_segmenter_is_fused(name):
+    with torch.device("meta"):
+        converted = fastres.convert(segmenter(name))
+    # 33 in the backbone, one in the auxiliary head, the head's (DeepLab: five branches and two)
+    head = 1 if name.startswith("fcn") else 7
+    expected = {"conv_bn_relu": 33 + 1 + head, "conv_bn_add_relu": 16, "conv_bn": 4}
+    assert kinds(converted) == expected
+    assert set(reasons(converted)) == {"classifier.4", "aux_classifier.4"}  # no batch norm behind
+    assert converted._fastres_entry == "in eval"  # its dropouts draw in memory order
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_segmentation(name):
+    model = segmenter(name)
+    for layer in ("layer1", "layer2", "layer3", "layer4"):  # the first blocks will do
+        model.backbone[layer] = model.backbone[layer][:1]
+    # the image branch of DeepLab normalises two values a channel: 1 / std amplifies
+    converted = assert_whole_model_agrees(model, torch.randn(2, 3, 33, 40), scale=1e3)
+    output = converted.eval()(torch.randn(1, 3, 33, 40).double())
+    assert list(output) == ["out", "aux"]
+
+
+def detector() -> nn.Module:
+    frozen = torchvision.ops.misc.FrozenBatchNorm2d
+    model = models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, norm_layer=frozen, num_classes=3, min_size=48,
+        max_size=64,
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, frozen):
+            module.running_var.uniform_(1.0, 2.0)
+            module.running_mean.normal_(0, 0.1)
+    return model.double()
+
+
+def test_detection_backbone_with_frozen_batch_norms():
+    model = detector()
+    converted = fastres.convert(model, inplace=False)
+    assert kinds(converted) == {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4}
+    x = torch.randn(1, 3, 33, 40).double()
+    for training in (True, False):
+        ours, eager = (
+            results(m.backbone, [x], training, grad=training) for m in (converted, model)
+        )
+        assert_same(ours, eager)
+    out = converted.backbone(x)
+    assert list(out) == list(model.backbone(x)) and type(out) is type(model.backbone(x))
+
+
+def test_detector_up_to_its_regions():
+    """The whole detector needs nms, which no CPU-only installation need have."""
+    model = detector().eval()
+    converted = fastres.convert(model, inplace=False)
+    image = torch.rand(3, 48, 64).double()
+    found = []
+    for m in (converted, model):
+        images, _ = m.transform([image])
+        with torch.no_grad():
+            features = m.backbone(images.tensors)
+            objectness, deltas = m.rpn.head(list(features.values()))
+        found.append([*features.values(), *objectness, *deltas])
+    for ours, eager in zip(*found, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: models.vgg11_bn(num_classes=5).features, {"conv_bn_relu": 8}),
+        (lambda: models.mobilenet_v2(width_mult=0.25), {"conv_bn": 52}),
+        (lambda: models.DenseNet(8, (2, 2, 2, 2)), {"conv_bn_relu": 1, "bn_relu": 4}),
+    ],
+    ids=["vgg", "mobilenet", "densenet"],
+)
+def test_other_families_are_right_too(make, expected):
+    model = make().double()
+    converted = fastres.convert(model, inplace=False)
+    x = torch.randn(2, 3, 40, 40).double()
+    for training in (True, False):
+        ours, eager = (results(m, [x], training, grad=False) for m in (converted, model))
+        assert_same(ours, eager)
+    assert kinds(converted) == expected
+
+
+def test_feature_extraction_from_a_converted_model():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = models.resnet18(weights=None).eval()
+    converted = fastres.convert(model, inplace=False)
+    x = torch.randn(1, 3, 64, 64)
+    nodes = {"layer2": "two", "layer4.1.bn2": "four"}
+    ours = create_feature_extractor(converted, nodes)(x)
+    eager = create_feature_extractor(model, nodes)(x)
+    for name in ("two", "four"):
+        torch.testing.assert_close(ours[name], eager[name], rtol=1e-4, atol=1e-4)
+
+
+def test_children_in_a_new_sequential():
+    """The usual way to take the head off."""
+    model = models.resnet18(weights=None).eval()
+    body = nn.Sequential(*list(fastres.convert(model, inplace=False).children())[:-1])
+    x = torch.randn(2, 3, 64, 64)
+    expected = nn.Sequential(*list(model.children())[:-1])(x)
+    torch.testing.assert_close(body(x), expected, rtol=1e-4, atol=1e-4)
+    # the stem's modules belong to no forward of an author; the blocks do, and stay converted
+    assert kinds(body) == {"conv_bn_relu": 8, "conv_bn_add_relu": 8, "conv_bn": 3}
+    assert kinds(fastres.convert(body))["conv_bn_relu"] == 9
+    torch.testing.assert_close(body(x), expected, rtol=1e-4, atol=1e-4)
