@@ -2,6 +2,7 @@
 
 import copy
 import cProfile
+import gc
 import math
 import random
 import sys
@@ -900,6 +901,44 @@ def test_a_profiler_may_watch_the_conversion():
     profile.disable()
     assert kinds(converted) == FUSED
     assert profile.getstats()
+
+
+def test_a_collector_may_run_during_the_conversion():
+    """Finalisers and callbacks of the garbage collector are not the forward's code."""
+    calls = []
+
+    def callback(phase, info):
+        global _collections
+        _collections = calls.append(phase)
+
+    gc.callbacks.append(callback)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20, 1, 1)
+    try:
+        assert kinds(fastres.convert(Block())) == FUSED
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
+    assert calls
+
+
+class EndsWithAnEffect(Block):
+    """Drops an object whose finaliser does what a trace may not; Python swallows what it raises."""
+
+    class Dropped:
+        def __del__(self):
+            global _collections
+            _collections = 1
+
+    def forward(self, x):
+        self.Dropped()
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_effect_in_a_finaliser():
+    assert kinds(fastres.convert(EndsWithAnEffect())) == {}
 
 
 def test_another_default_device():

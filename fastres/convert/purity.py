@@ -11,6 +11,7 @@ import builtins
 import dis
 import enum
 import functools
+import gc
 import keyword
 import os
 import random
@@ -118,17 +119,25 @@ class Watch:
             return plain(module, name)
 
         nn.Module.__getattribute__ = getattribute
+        self._collecting = gc.isenabled()
+        gc.disable()  # its callbacks and finalisers are not the forward's
         self._profile = sys.getprofile()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *exception):
+        followed = sys.getprofile() == self._event
         if hasattr(self._profile, "enable"):  # a cProfile.Profile is no function
             sys.setprofile(None)
             self._profile.enable()
         else:
             sys.setprofile(self._profile)
         del nn.Module.__getattribute__  # object's again
+        if self._collecting:
+            gc.enable()
+        if not followed and exception == (None,) * 3:
+            # Python stops calling a profile function that raised: in a finaliser, unnoticed
+            raise Refused("forward could not be followed to its end")
         if any(lent != kept for lent, kept in self._lent) and exception == (None,) * 3:
             raise Refused("forward changes a list or dict of the module")
 
