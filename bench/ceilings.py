@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastres.compare import interleave
 
-SIDE = 2048  # of the square matrices
+SIDE = 1024  # of the square matrices
 COPIED = 2**26  # float32 elements: beyond every cache
 BATCH, CHANNELS, MAP = 8, 256, 28  # of the 3x3 convolution
 

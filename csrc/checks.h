@@ -71,6 +71,12 @@ inline void check_per_channel(const std::optional<at::Tensor>& t, const char* na
   if (given(t)) check_per_channel(*t, name, channels, input);
 }
 
+// What is added to a variance; the batch's own may be 0.
+inline void check_eps(double eps, bool training) {
+  TORCH_CHECK_VALUE(training ? eps > 0 : eps >= 0, "eps: expected a ",
+                    training ? "positive" : "non-negative", " number, got ", eps);
+}
+
 // The memory format of an operator's outputs: channels_last where the input suggests it.
 inline at::MemoryFormat output_format(const at::Tensor& input) {
   const auto format = input.suggest_memory_format();

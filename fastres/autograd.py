@@ -13,7 +13,11 @@ from . import ops, reference
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors must be recorded by autograd."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class AddReLU(torch.autograd.Function):

@@ -7,24 +7,67 @@ Errors are of the kind PyTorch raises for the same mistake where it has one.
 import torch
 from torch import Tensor
 
+from .arguments import compute_dtype, conv_output_size, pair, resolve_padding
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def activation(input: Tensor, name: str = "input") -> None:
+def add_relu(input: Tensor, residual: Tensor) -> None:
+    _activation(input)
+    _residual(residual, input.shape, input.dtype, input.device)
+
+
+def bn_relu(
+    input: Tensor, residual: Tensor | None, running_mean, running_var, weight, bias,
+    training: bool, eps: float,
+) -> None:  # fmt: skip
+    _activation(input)
+    _batch_norm(
+        input.shape, input.dtype, input.device, running_mean, running_var, weight, bias, training,
+        eps, names=("weight", "bias"),
+    )  # fmt: skip
+    if residual is not None:
+        _residual(residual, input.shape, input.dtype, input.device)
+
+
+def conv_bn_relu(
+    input: Tensor, weight: Tensor, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups: int, training: bool, eps: float,
+) -> None:  # fmt: skip
+    """Whether trained or folded; the geometry in any of the forms that F.conv2d takes."""
+    _activation(input)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    padding = resolve_padding(padding, weight, stride, dilation)
+    _convolution(input, weight, bias, stride, padding, dilation, groups)
+    size = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
+    _output_map(size, weight.shape[2:], padding)
+    dtype = compute_dtype(input)
+    _same_dtype("weight", compute_dtype(weight), dtype)
+    if bias is not None:
+        _same_dtype("bias", compute_dtype(bias), dtype)
+    _batch_norm(
+        size, dtype, input.device, running_mean, running_var, bn_weight, bn_bias, training,
+        eps, names=("bn_weight", "bn_bias"),
+    )  # fmt: skip
+    if residual is not None:
+        _residual(residual, size, dtype, input.device)
+
+
+def _activation(input: Tensor) -> None:
     """A floating-point tensor of shape (N, C, H, W)."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if input.dtype not in _DTYPES:
         raise TypeError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(input)}"
+            f"input: expected float32, bfloat16, float16 or float64, got {_dtype(input)}"
         )
     if input.dim() != 4:
         raise ValueError(
-            f"{name}: expected 4 dimensions (N, C, H, W), got {input.dim()}: {_shape(input)}"
+            f"input: expected 4 dimensions (N, C, H, W), got {input.dim()}: {_shape(input)}"
         )
 
 
-def residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device) -> None:
+def _residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device) -> None:
     """The shape, dtype and device of what it is added to."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
@@ -35,7 +78,7 @@ def residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device) 
     _same_device("residual", residual, device)
 
 
-def convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups) -> None:
+def _convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups) -> None:
     """``weight`` (K, C / groups, R, S) and the geometry of F.conv2d, as pairs."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
@@ -43,13 +86,13 @@ def convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, 
         raise RuntimeError(
             f"weight: expected 4 dimensions (K, C / groups, R, S), got {_shape(weight)}"
         )
-    for name, pair, least in (
+    for name, values, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if pair[0] < least or pair[1] < least:
-            raise RuntimeError(f"{name}: expected at least {least}, got {tuple(pair)}")
+        if values[0] < least or values[1] < least:
+            raise RuntimeError(f"{name}: expected at least {least}, got {tuple(values)}")
     channels, filters = input.shape[1], weight.shape[0]
     if groups < 1 or channels % groups or filters % groups:
         raise RuntimeError(
@@ -66,7 +109,7 @@ def convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, 
         _vector("bias", bias, filters, input.device)
 
 
-def output_map(size, kernel, padding) -> None:
+def _output_map(size, kernel, padding) -> None:
     """A convolution's output must have at least one row and column."""
     if size[2] < 1 or size[3] < 1:
         raise RuntimeError(
@@ -75,9 +118,9 @@ def output_map(size, kernel, padding) -> None:
         )
 
 
-def batch_norm(
+def _batch_norm(
     shape, dtype, device, running_mean, running_var, weight, bias, training, eps,
-    names=("weight", "bias"),
+    names,
 ) -> None:  # fmt: skip
     """The parameters and statistics of F.batch_norm, vectors of C values, on a map of ``shape``."""
     if training:
@@ -112,7 +155,7 @@ def batch_norm(
                 )
 
 
-def same_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
+def _same_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
     """A convolution's operands have one dtype (that of autocast, where it applies)."""
     if given != expected:
         raise RuntimeError(f"{name}: expected {str(expected)[6:]}, got {str(given)[6:]}")

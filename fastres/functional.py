@@ -12,23 +12,23 @@ number of dimensions and for a single value per channel in training, ``RuntimeEr
 devices or geometry that do not fit and for missing running statistics in eval.
 """
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, checks, ops, reference
+from .arguments import compute_dtype, resolve_padding
 from .backend import serving
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     """``relu(input + residual)``: the end of every residual block (He et al. 2015, section 3.1)."""
-    checks.activation(input)
-    checks.residual(residual, input.shape, input.dtype, input.device)
-    if serving("add_relu", input.device) == "eager" or not input.numel():
-        return reference.add_relu(input, residual)
-    return autograd.add_relu(input, residual)
+    return _serve(
+        "add_relu",
+        input,
+        lambda: autograd.add_relu(input, residual),
+        lambda: checks.add_relu(input, residual),
+        lambda: reference.add_relu(input, residual),
+    )
 
 
 def bn_relu(
@@ -109,20 +109,23 @@ def batch_norm(
 ) -> Tensor:
     """``act(batch_norm(input) + residual)``: what :func:`bn_relu`, :func:`bn_add_relu` and the
     training form of the convolutions share. ``residual`` may be None, ``relu`` False."""
-    checks.activation(input)
-    checks.batch_norm(
-        input.shape, input.dtype, input.device, running_mean, running_var, weight, bias, training,
-        eps,
-    )  # fmt: skip
-    if residual is not None:
-        checks.residual(residual, input.shape, input.dtype, input.device)
-    if serving("bn_relu", input.device) == "eager" or not input.numel():
+
+    def eager() -> Tensor:
         output = F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
         return _add_act(output, residual, relu)
-    return autograd.bn_relu(
-        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+
+    return _serve(
+        "bn_relu",
+        input,
+        lambda: autograd.bn_relu(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        ),
+        lambda: checks.bn_relu(
+            input, residual, running_mean, running_var, weight, bias, training, eps
+        ),
+        eager,
     )
 
 
@@ -130,85 +133,54 @@ def _conv_bn(
     input, residual, weight, bias, stride, padding, dilation, groups,
     running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu,
 ) -> Tensor:  # fmt: skip
-    checks.activation(input)
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    padding = resolve_padding(padding, weight, stride, dilation)
-    checks.convolution(input, weight, bias, stride, padding, dilation, groups)
-    size = ops.conv_output_size(input.shape, weight.shape, stride, padding, dilation)
-    checks.output_map(size, weight.shape[2:], padding)
-    dtype = compute_dtype(input)
-    checks.same_dtype("weight", compute_dtype(weight), dtype)
-    if bias is not None:
-        checks.same_dtype("bias", compute_dtype(bias), dtype)
-    checks.batch_norm(
-        size, dtype, input.device, running_mean, running_var, bn_weight, bn_bias, training,
-        eps, names=("bn_weight", "bn_bias"),
-    )  # fmt: skip
-    if residual is not None:
-        checks.residual(residual, size, dtype, input.device)
-
-    folded = not (
-        training
-        or autograd.needs_graph(input, residual, weight, bias, bn_weight, bn_bias)
-        or serving("conv_bn_relu", input.device) == "eager"
-    )
-    if folded and input.numel():
-        if input.dtype != dtype:
-            input = input.to(dtype)
-        return ops.conv_bn_relu(
+    def check() -> None:
+        checks.conv_bn_relu(
             input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
-            stride, padding, dilation, groups, eps, relu,
+            stride, padding, dilation, groups, training, eps,
         )  # fmt: skip
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return batch_norm(
-        output, residual, running_mean, running_var, bn_weight, bn_bias,
-        training, momentum, eps, relu,
-    )  # fmt: skip
+
+    def two_steps() -> Tensor:
+        check()
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return batch_norm(
+            output, residual, running_mean, running_var, bn_weight, bn_bias,
+            training, momentum, eps, relu,
+        )  # fmt: skip
+
+    def folded() -> Tensor:
+        if training or autograd.needs_graph(input, residual, weight, bias, bn_weight, bn_bias):
+            return two_steps()
+        dtype = compute_dtype(input)
+        alike = input.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+        if not alike:  # autocast, or a mistake: the operator allows more than eager does
+            check()
+        return ops.conv_bn_relu(
+            input.to(dtype), weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+            stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps, relu,
+        )  # fmt: skip
+
+    return _serve("conv_bn_relu", input, folded, check, two_steps)
+
+
+def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
+    """``served()`` where a backend has the operator, else ``eager()``.
+
+    Compiled operators check their arguments themselves. Only when one refuses, ``check`` looks for
+    the mistake again, to report it in the caller's words: that takes longer than a small map does.
+    """
+    try:
+        if serving(operator, input.device) != "eager" and input.numel():
+            return served()
+    except Exception as error:  # noqa: BLE001 - raised again below, if nothing says it better
+        refusal = error
+    else:
+        check()
+        return eager()
+    check()
+    raise refusal
 
 
 def _add_act(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
         output = output + residual
     return F.relu(output) if relu else output
-
-
-def pair(name: str, value) -> tuple[int, int]:
-    """``value`` for both map dimensions, as F.conv2d takes it: an int, or a sequence of 1 or 2."""
-    if isinstance(value, int):
-        return (value, value)
-    if not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected an int or a pair of them, got {value!r}")
-    if len(value) not in (1, 2):
-        raise RuntimeError(f"{name}: expected an int or a pair of them, got {tuple(value)}")
-    return tuple(value) * (3 - len(value))
-
-
-def resolve_padding(padding, weight: Tensor, stride, dilation) -> tuple[int, int]:
-    """``padding`` as a pair; F.conv2d's "valid" and "same" are understood.
-
-    "same" needs stride 1 and, here, an odd dilated extent (else the padding is not symmetric).
-    """
-    if not isinstance(padding, str):
-        return pair("padding", padding)
-    if padding == "valid":
-        return (0, 0)
-    if padding != "same":
-        raise ValueError(f"padding: expected numbers, 'valid' or 'same', got {padding!r}")
-    if tuple(stride) != (1, 1):
-        raise RuntimeError(f"padding: 'same' expects stride 1, got {tuple(stride)}")
-    extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    if any(extent % 2 for extent in extents):
-        raise ValueError(
-            "padding: 'same' expects an odd kernel extent, got kernel "
-            f"{tuple(weight.shape[2:])} with dilation {tuple(dilation)}"
-        )
-    return (extents[0] // 2, extents[1] // 2)
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype a convolution of ``input`` runs in: autocast's where it is on (never for fp64)."""
-    kind = input.device.type
-    floating = input.is_floating_point() and input.dtype != torch.float64
-    if floating and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return input.dtype

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import reference
+from . import checks, reference
+from .arguments import conv_output_size
 
 try:
     extension = importlib.import_module("._C", __package__)
@@ -63,6 +64,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    checks.add_relu(input, residual)
     return reference.add_relu(input, residual)
 
 
@@ -73,6 +75,7 @@ def _add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 def _bn_relu(
     input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
 ):
+    checks.bn_relu(input, residual, running_mean, running_var, weight, bias, training, eps)
     return reference.bn_relu_forward(
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
     )
@@ -86,6 +89,10 @@ def _conv_bn_relu(
     input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
     stride, padding, dilation, groups, eps, relu,
 ):  # fmt: skip
+    checks.conv_bn_relu(
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, False, eps,
+    )  # fmt: skip
     output = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return reference.bn_relu_forward(
         output, residual, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps, relu
@@ -95,11 +102,21 @@ def _conv_bn_relu(
 # --- fakes: shapes, dtypes and strides without data ----------------------------------------------
 
 
+def _check_device(input: Tensor, *others: Tensor | None) -> None:
+    """One tensor on "meta" brings a call here, whatever device the others are on."""
+    for other in others:
+        if other is not None and other.device != input.device:
+            raise RuntimeError(
+                f"expected every tensor on {input.device}, got one on {other.device}"
+            )
+
+
 def _like(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
 def _fake_add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    _check_device(input, residual)
     return _like(input)
 
 
@@ -110,6 +127,7 @@ def _fake_add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 def _fake_bn_relu(
     input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
 ):
+    _check_device(input, residual, running_mean, running_var, weight, bias)
     statistics = input.new_empty(input.shape[1], dtype=accumulation_dtype(input.dtype))
     return _like(input), statistics, torch.empty_like(statistics)
 
@@ -133,23 +151,13 @@ def _fake_conv_bn_relu(
     input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
     stride, padding, dilation, groups, eps, relu,
 ):  # fmt: skip
+    _check_device(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias)
     size = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
     formats = (suggest_memory_format(input), suggest_memory_format(weight))
     channels_last = torch.channels_last in formats
     return input.new_empty(size).to(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
-
-
-def conv_output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, ...]:
-    """Size ``(N, K, P, Q)`` of a 2-d convolution's output; P = (H + 2p - d(R-1) - 1) // s + 1."""
-    maps = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(
-            input_size[2:], weight_size[2:], stride, padding, dilation, strict=True
-        )
-    )
-    return (input_size[0], weight_size[0], *maps)
 
 
 for _name in _SCHEMAS:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import functional, ops
+from . import functional
+from .arguments import compute_dtype, conv_output_size, resolve_padding
 
 Act = nn.Module | Callable[[Tensor], Tensor] | None
 
@@ -180,22 +181,28 @@ def _conv_bn(input, conv, bn, residual, relu) -> Tensor:
     operands = (input, conv.weight)
     if residual is not None:
         call, operands = functional.conv_bn_add_relu, (input, residual, conv.weight)
-    output = call(
-        *operands, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-        running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps,
-    )  # fmt: skip
-    _count_batch(bn)
-    return output
+    batches = _count_batch(bn)
+    try:
+        return call(
+            *operands, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+            running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps,
+        )  # fmt: skip
+    except _REFUSED:
+        _uncount(batches)
+        raise
 
 
 def _bn(input, bn, residual, relu) -> Tensor:
     running_mean, running_var, training, momentum = _statistics(bn)
-    output = functional.batch_norm(
-        input, residual, running_mean, running_var, bn.weight, bn.bias,
-        training, momentum, bn.eps, relu,
-    )  # fmt: skip
-    _count_batch(bn)
-    return output
+    batches = _count_batch(bn)
+    try:
+        return functional.batch_norm(
+            input, residual, running_mean, running_var, bn.weight, bn.bias,
+            training, momentum, bn.eps, relu,
+        )  # fmt: skip
+    except _REFUSED:
+        _uncount(batches)
+        raise
 
 
 def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
@@ -206,20 +213,27 @@ def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, floa
     if bn.training and not bn.track_running_stats:
         return None, None, training, 0.0
     momentum = bn.momentum
-    if momentum is None:  # a cumulative average; the count goes up once the call has succeeded
+    if momentum is None:  # a cumulative average
         counted = bn.training and bn.num_batches_tracked is not None
         momentum = 1.0 / float(bn.num_batches_tracked + 1) if counted else 0.0
     return bn.running_mean, bn.running_var, training, momentum
 
 
-def _count_batch(bn: nn.Module) -> None:
-    if (
-        bn.training
-        and isinstance(bn, nn.BatchNorm2d)
-        and bn.track_running_stats
-        and bn.num_batches_tracked is not None
-    ):
-        bn.num_batches_tracked.add_(1)
+# what a call raises that refuses its arguments; a checkpoint that recomputes stops it with others
+_REFUSED = (TypeError, ValueError, RuntimeError)
+
+
+def _count_batch(bn: nn.Module) -> Tensor | None:
+    """Count a batch before it is normalised, as ``nn.BatchNorm2d`` does; gives the counter."""
+    if not (bn.training and isinstance(bn, nn.BatchNorm2d) and bn.track_running_stats):
+        return None
+    batches = bn.num_batches_tracked
+    return None if batches is None else batches.add_(1)
+
+
+def _uncount(batches: Tensor | None) -> None:
+    if batches is not None:
+        batches.sub_(1)
 
 
 def _one_by_one(input: Tensor, bn: nn.Module, act: Act, residual, via) -> Tensor:
@@ -236,9 +250,9 @@ def _add_act(output: Tensor, residual, act: Act) -> Tensor:
 
 
 def fits_convolution(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
-    padding = functional.resolve_padding(conv.padding, conv.weight, conv.stride, conv.dilation)
-    size = ops.conv_output_size(input.shape, conv.weight.shape, conv.stride, padding, conv.dilation)
-    return _alike(residual, size, functional.compute_dtype(input), input.device)
+    padding = resolve_padding(conv.padding, conv.weight, conv.stride, conv.dilation)
+    size = conv_output_size(input.shape, conv.weight.shape, conv.stride, padding, conv.dilation)
+    return _alike(residual, size, compute_dtype(input), input.device)
 
 
 def _alike(tensor: Tensor, shape, dtype: torch.dtype, device: torch.device) -> bool:

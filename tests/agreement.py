@@ -144,16 +144,18 @@ def assert_like_eager(ours: dict, eager: dict, rtol: float = 1e-4, atol: float =
 
 
 class Calls(TorchDispatchMode):
-    """Records the fused operators that run inside, in order, as ``(name, arguments)``."""
+    """Records the fused operators that run inside, in order, as ``(name, arguments)``; those that
+    refuse their arguments do not run."""
 
     def __init__(self):
         super().__init__()
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
         if func.namespace == "fastres":
             self.made.append((func._schema.name.removeprefix("fastres::"), args))
-        return func(*args, **(kwargs or {}))
+        return output
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastres
 from fastres import functional, ops, reference, sites
+from fastres.arguments import conv_output_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (2, 3, 3, 2)
@@ -94,7 +95,7 @@ def operator_arguments(layout, dtype, shape=(2, 3, 5, 7)):
     weight = spread((4, channels, 3, 3), dtype, layout)
     conv_vectors = list(batch_norm_operands(4, wide).values())
     geometry = ((2, 1), (1, 1), (1, 1), 1)
-    size = ops.conv_output_size(shape, weight.shape, *geometry[:3])
+    size = conv_output_size(shape, weight.shape, *geometry[:3])
     yield ops.add_relu, (input, residual)
     yield ops.add_relu_backward, (grad, input)
     for training in (True, False):

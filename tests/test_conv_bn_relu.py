@@ -22,7 +22,7 @@ from agreement import (
 )
 from torch import nn
 
-from fastres import functional, reference, sites
+from fastres import arguments, functional, reference, sites
 
 # channels, filters, kernel, stride, padding, dilation, groups, bias; odd and prime throughout
 GEOMETRIES = {
@@ -46,7 +46,7 @@ VARIANTS = ["conv_bn", "conv_bn_relu", "conv_bn_add_relu"]
 
 def operands_for(geometry, size, dtype, layout, variant, mixed=False, weight_layout="contiguous"):
     channels, filters, kernel, stride, padding, dilation, groups, bias = GEOMETRIES[geometry]
-    kernel = functional.pair("kernel", kernel)
+    kernel = arguments.pair("kernel", kernel)
     input = spread((size[0], channels, *size[1:]), dtype, layout)
     fan_in = channels // groups * kernel[0] * kernel[1]
     weight = spread((filters, channels // groups, *kernel), dtype, weight_layout, std=fan_in**-0.5)

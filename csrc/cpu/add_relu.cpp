@@ -15,7 +15,7 @@ constexpr int64_t kGrain = 32768;
 }  // namespace
 
 at::Tensor add_relu(const at::Tensor& input, const at::Tensor& residual) {
-  check_tensor(input, "input", at::kCPU);
+  check_activation(input, "input", at::kCPU);
   check_like(residual, "residual", input, "input");
   const auto format = output_format(input);
   const auto a = input.contiguous(format), b = residual.contiguous(format);

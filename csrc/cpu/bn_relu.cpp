@@ -25,6 +25,10 @@ void check_arguments(const at::Tensor& input, const OptionalTensor& residual, co
   check_per_channel(a.running_var, "running_var", channels, input);
   check_per_channel(a.weight, "weight", channels, input);
   check_per_channel(a.bias, "bias", channels, input);
+  check_eps(a.eps, a.training);
+  TORCH_CHECK_VALUE(given(a.running_mean) == given(a.running_var),
+                    given(a.running_mean) ? "running_var" : "running_mean",
+                    ": expected a tensor beside the other running statistic, got none");
   if (a.training) {
     TORCH_CHECK_VALUE(input.numel() != channels || channels == 0,
                       "input: expected more than 1 value per channel when training, got shape ",

@@ -10,6 +10,9 @@
 
 namespace fastres::cpu {
 
+// Channels that a kernel which reduces rows is given at most.
+constexpr int64_t kRowBlock = 256;
+
 struct Runs {
   int64_t count, size, stride;
   bool stream = false;  // write around the cache; every full vector written is aligned

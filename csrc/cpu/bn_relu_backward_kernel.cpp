@@ -18,59 +18,51 @@ inline Lanes<T> masked_gradient(const BackwardArrays<T>& a, int64_t i, int64_t c
   }
 }
 
-template <typename T, Mask kMask, bool kResidual, int kBlock>
-inline void chunk_reduce(const BackwardArrays<T>& a, const Runs& rows, const Coefficients<T>& k,
-                         int64_t channel, double* sum_g, double* sum_gx) {
+// kRows neighbouring rows at once, whole rows at a time: memory is read in its own order, for a walk
+// down one column block touches a new page at every row.
+template <typename T, Mask kMask, bool kResidual, int kRows>
+inline void rows_reduce(const BackwardArrays<T>& a, const Runs& rows, const Coefficients<T>& k,
+                        acc_t<T>* sum_g, acc_t<T>* sum_gx) {
   using L = Lanes<T>;
-  constexpr int64_t kWidth = kBlock * L::kSize;
-  const int64_t last = rows.size - (kBlock - 1) * L::kSize;
-  L total_g[kBlock], total_gx[kBlock], mean[kBlock], scale[kBlock], shift[kBlock];
-  for (int b = 0; b < kBlock; ++b) {
-    const int64_t c = channel + b * L::kSize;
-    total_g[b] = total_gx[b] = L(0);
-    mean[b] = L::load_wide(k.mean + c);
-    scale[b] = L::load_wide(k.scale + c);
-    shift[b] = L::load_wide(k.shift + c);
-  }
-  for (int64_t r = 0; r < rows.count; ++r) {
-    for (int b = 0; b < kBlock; ++b) {
-      const int64_t i = r * rows.stride + b * L::kSize;
-      const int64_t count = b + 1 < kBlock ? L::kSize : last;
-      const L centred = L::load(a.input + i, count) - mean[b];
-      const L g = masked_gradient<T, kMask>(a, i, count, centred, scale[b], shift[b]);
+  const auto reduce = [&](int64_t j, int64_t count) {
+    const L mean = L::load_wide(k.mean + j), scale = L::load_wide(k.scale + j),
+            shift = L::load_wide(k.shift + j);
+    L total_g = L::load_wide(sum_g + j), total_gx = L::load_wide(sum_gx + j);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = r * rows.stride + j;
+      const L centred = L::load(a.input + i, count) - mean;
+      const L g = masked_gradient<T, kMask>(a, i, count, centred, scale, shift);
       if constexpr (kResidual) store(g, rows, a.grad_residual + i, count);
-      total_g[b] = total_g[b] + g;
-      total_gx[b] = fma(g, centred, total_gx[b]);
+      total_g = total_g + g;
+      total_gx = fma(g, centred, total_gx);
     }
-  }
-  alignas(64) acc_t<T> wide[2][kWidth];
-  for (int b = 0; b < kBlock; ++b) {
-    total_g[b].store_wide(wide[0] + b * L::kSize);
-    total_gx[b].store_wide(wide[1] + b * L::kSize);
-  }
-  for (int64_t j = 0; j < rows.size; ++j) {
-    sum_g[j] += wide[0][j];
-    sum_gx[j] += wide[1][j];
-  }
+    total_g.store_wide(sum_g + j);
+    total_gx.store_wide(sum_gx + j);
+  };
+  int64_t j = 0;
+  for (; j + L::kSize <= rows.size; j += L::kSize) reduce(j, L::kSize);
+  if (j < rows.size) reduce(j, rows.size - j);
 }
 
 template <typename T, Mask kMask, bool kResidual>
 void row_reduce_as(const BackwardArrays<T>& a, const Runs& rows, const Coefficients<T>& k,
                    double* sum_g, double* sum_gx) {
-  constexpr int64_t kSize = Lanes<T>::kSize, kWidth = kColumnBlock<T> * kSize;
+  constexpr int kTogether = 4;
+  alignas(64) acc_t<T> wide[2][kRowBlock + kChannelPadding];
   const int64_t step = rows_per_chunk(rows.size);
-  for (int64_t r = 0; r < rows.count; r += step) {
-    const int64_t count = std::min(step, rows.count - r);
-    const int64_t base = r * rows.stride;
-    int64_t j = 0;
-    for (; j + kWidth <= rows.size; j += kWidth) {
-      chunk_reduce<T, kMask, kResidual, kColumnBlock<T>>(
-          a.at(base + j), {count, kWidth, rows.stride, rows.stream}, k, j, sum_g + j, sum_gx + j);
+  for (int64_t begin = 0; begin < rows.count; begin += step) {
+    const int64_t end = std::min(begin + step, rows.count);
+    for (auto& totals : wide) std::fill_n(totals, rows.size + kChannelPadding, 0);
+    int64_t r = begin;
+    for (; r + kTogether <= end; r += kTogether) {
+      rows_reduce<T, kMask, kResidual, kTogether>(a.at(r * rows.stride), rows, k, wide[0], wide[1]);
     }
-    for (; j < rows.size; j += kSize) {
-      chunk_reduce<T, kMask, kResidual, 1>(
-          a.at(base + j), {count, std::min(kSize, rows.size - j), rows.stride, rows.stream}, k, j,
-          sum_g + j, sum_gx + j);
+    for (; r < end; ++r) {
+      rows_reduce<T, kMask, kResidual, 1>(a.at(r * rows.stride), rows, k, wide[0], wide[1]);
+    }
+    for (int64_t j = 0; j < rows.size; ++j) {
+      sum_g[j] += wide[0][j];
+      sum_gx[j] += wide[1][j];
     }
   }
 }

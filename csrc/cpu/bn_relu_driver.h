@@ -61,12 +61,11 @@ inline int64_t grain(int64_t elements_per_task) {
 // A reduction over rows is cut into segments of rows and blocks of channels, by the shape alone, so
 // that the order of summation is the same for any number of threads.
 struct RowTasks {
-  static constexpr int64_t kBlock = 256;  // channels
   static constexpr int64_t kTasks = 32;   // enough for the threads of one socket
   int64_t blocks, segments, rows_per_segment;
 
-  explicit RowTasks(const Geometry& g) : blocks((g.channels + kBlock - 1) / kBlock) {
-    const int64_t width = std::clamp<int64_t>(g.channels, 1, kBlock);
+  explicit RowTasks(const Geometry& g) : blocks((g.channels + kRowBlock - 1) / kRowBlock) {
+    const int64_t width = std::clamp<int64_t>(g.channels, 1, kRowBlock);
     const int64_t least = std::max<int64_t>(1, 2 * kGrain / width);
     const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
     rows_per_segment = std::max(least, (g.per_channel() + wanted - 1) / wanted);
@@ -84,12 +83,12 @@ void reduce_rows(const Geometry& g, const F& f, const Merge& merge) {
   const auto rows_in = [&](int64_t s) {
     return std::min(tasks.rows_per_segment, rows - s * tasks.rows_per_segment);
   };
-  const int64_t work = tasks.rows_per_segment * std::min(g.channels, RowTasks::kBlock);
+  const int64_t work = tasks.rows_per_segment * std::min(g.channels, kRowBlock);
   at::parallel_for(0, tasks.segments * tasks.blocks, grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t s = t / tasks.blocks, c = t % tasks.blocks * RowTasks::kBlock;
+      const int64_t s = t / tasks.blocks, c = t % tasks.blocks * kRowBlock;
       double* a = partial.get() + s * 2 * g.channels + c;
-      f(s * tasks.rows_per_segment, rows_in(s), c, std::min(RowTasks::kBlock, g.channels - c), a,
+      f(s * tasks.rows_per_segment, rows_in(s), c, std::min(kRowBlock, g.channels - c), a,
         a + g.channels);
     }
   });

@@ -2,10 +2,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/isnan.h>
+#include <ATen/ops/relu.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "../checks.h"
@@ -67,6 +69,7 @@ void check_arguments(const at::Tensor& input, const OptionalTensor& residual, co
   check_per_channel(c.running_var, "running_var", k, input);
   check_per_channel(c.bn_weight, "bn_weight", k, input);
   check_per_channel(c.bn_bias, "bn_bias", k, input);
+  check_eps(c.eps, /*training=*/false);
   const auto size = output_size(input, c.weight, g);
   if (!given(residual)) return;
   check_tensor(*residual, "residual", at::kCPU);
@@ -90,6 +93,13 @@ bool onednn_serves(at::ScalarType dtype) {
   static const bool bf16 = find_operator<bool()>("mkldnn::_is_mkldnn_bf16_supported", "").call();
   static const bool fp16 = find_operator<bool()>("mkldnn::_is_mkldnn_fp16_supported", "").call();
   return (dtype == at::kBFloat16 && bf16) || (dtype == at::kHalf && fp16);
+}
+
+// Without instructions for narrow types, ATen's convolutions of them are many times slower than
+// oneDNN's in fp32, which also rounds just once.
+at::ScalarType compute_dtype(at::ScalarType dtype) {
+  const bool narrow = dtype == at::kBFloat16 || dtype == at::kHalf;
+  return narrow && !onednn_serves(dtype) && onednn_serves(at::kFloat) ? at::kFloat : dtype;
 }
 
 using Scalars = c10::List<std::optional<at::Scalar>>;
@@ -128,14 +138,37 @@ at::Tensor in_channels_last(const at::Tensor& t) {
   return dense.as_strided(t.sizes(), {t.size(2) * row, 1, row, c});
 }
 
+// What a call of oneDNN costs beside its arithmetic is more than such a small convolution takes:
+// ATen, too, computes these as a plain matrix product.
+bool is_tiny(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
+  constexpr int64_t kMultiplyAdds = int64_t{1} << 21, kElements = 20480;
+  if (x.size(0) != 1 || g.groups != 1 || x.numel() > kElements) return false;
+  if (x.scalar_type() != at::kFloat || weight.size(2) > 3 || weight.size(3) > 3) return false;
+  const auto size = output_size(x, weight, g);
+  return weight.numel() * size[2] * size[3] <= kMultiplyAdds;
+}
+
+// The folded convolution in steps.
+at::Tensor convolve_tiny(const at::Tensor& x, const OptionalTensor& residual, const FoldedConv& f,
+                         const ConvGeometry& g, bool relu) {
+  auto y = at::conv2d(x, f.weight, f.bias, g.stride, g.padding, g.dilation, g.groups);
+  if (given(residual)) return relu ? add_relu(y, *residual) : y.add_(*residual);
+  return relu ? y.relu_() : y;
+}
+
 // Where oneDNN has no such convolution: ATen's, then the normalisation in one pass.
-at::Tensor unfolded(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c,
+at::Tensor unfolded(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
                     bool relu) {
   const auto& g = c.geometry;
   const auto bias = given(c.bias) ? OptionalTensor(c.bias->to(c.dtype)) : std::nullopt;
   const auto y =
-      at::conv2d(input, c.weight.to(c.dtype), bias, g.stride, g.padding, g.dilation, g.groups);
-  return std::get<0>(bn_relu(y, residual, c.running_mean, c.running_var, c.bn_weight, c.bn_bias,
+      at::conv2d(x, c.weight.to(c.dtype), bias, g.stride, g.padding, g.dilation, g.groups);
+  const auto widen = [&](const at::Tensor& t) { return t.to(accumulate_dtype(c.dtype)); };
+  const auto widen_given = [&](const OptionalTensor& t) {
+    return given(t) ? OptionalTensor(widen(*t)) : std::nullopt;
+  };
+  return std::get<0>(bn_relu(y, residual, widen(c.running_mean), widen(c.running_var),
+                             widen_given(c.bn_weight), widen_given(c.bn_bias),
                              /*training=*/false, /*momentum=*/0, c.eps, relu));
 }
 
@@ -150,8 +183,8 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   check_activation(input, "input", at::kCPU);
   const ConvGeometry geometry{check_pair(stride, "stride", 1), check_pair(padding, "padding", 0),
                               check_pair(dilation, "dilation", 1), groups};
-  const ConvBn c{weight,  bias,     running_mean, running_var,        bn_weight,
-                 bn_bias, geometry, eps,          input.scalar_type()};
+  const ConvBn c{weight,  bias,     running_mean, running_var, bn_weight,
+                 bn_bias, geometry, eps,          compute_dtype(input.scalar_type())};
   check_arguments(input, residual, c);
   // The operators below must not meet autograd or autocast again.
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -160,22 +193,30 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   constexpr auto kLast = at::MemoryFormat::ChannelsLast;
   const bool channels_last = output_format(input) == kLast || output_format(weight) == kLast;
   const auto format = channels_last ? kLast : at::MemoryFormat::Contiguous;
-  const auto x = in_channels_last(input);
+  const auto as_asked = [&](const at::Tensor& y) {
+    return y.to(input.scalar_type()).contiguous(format);
+  };
+  const auto x = in_channels_last(input.to(c.dtype));
+  const auto r = given(residual) ? OptionalTensor(in_channels_last(residual->to(c.dtype)))
+                                 : std::nullopt;
   // A map of one channel and one pixel has no strides that say channels_last.
-  if (!onednn_serves(c.dtype) || input.numel() == 0 || output_format(x) != kLast ||
+  if (!onednn_serves(c.dtype) || x.numel() == 0 || output_format(x) != kLast ||
       weight.size(0) == 1) {
-    return unfolded(input, residual, c, relu).contiguous(format);
+    return as_asked(unfolded(x, r, c, relu));
   }
-  const auto folded = folded_conv(c, input.sizes());
-  const auto y = given(residual)
-                     ? convolve_add(x, in_channels_last(*residual), folded, geometry, relu)
-                     : convolve(x, folded, geometry, relu);
+  if (is_tiny(x, weight, geometry)) {
+    const auto folded = folded_conv(c, x.sizes(), /*packed=*/false);
+    return as_asked(convolve_tiny(x, r, folded, geometry, relu));
+  }
+  const auto folded = folded_conv(c, x.sizes(), /*packed=*/true);
+  const auto y = given(r) ? convolve_add(x, *r, folded, geometry, relu)
+                          : convolve(x, folded, geometry, relu);
   if (relu && take_invalid_flag()) {
     // Somebody else may have left the flag up: then the folded result stands.
-    const auto exact = unfolded(input, residual, c, relu);
-    if (exact.isnan().any().item<bool>()) return exact.contiguous(format);
+    const auto exact = unfolded(x, r, c, relu);
+    if (exact.isnan().any().item<bool>()) return as_asked(exact);
   }
-  return y.contiguous(format);
+  return as_asked(y);
 }
 
 }  // namespace fastres::cpu

@@ -179,13 +179,17 @@ struct Entry {
 
 class FoldCache {
  public:
-  FoldedConv get(const ConvBn& c, const Size& input_size) {
+  FoldedConv get(const ConvBn& c, const Size& input_size, bool packed) {
     if (!c.weight.is_non_overlapping_and_dense()) return fold(c);
     std::unique_lock lock(mutex_);
     const auto entry = find(c);
     if (entry == nullptr) {
       lock.unlock();  // folding takes a while, and others need not wait
       return add_entry(c, input_size);
+    }
+    if (!packed) {
+      if (!entry->dense.defined()) entry->dense = fold(c).weight;
+      return {entry->dense, entry->bias};
     }
     const auto* known = find_pack(*entry, input_size);
     if (known == nullptr) {
@@ -196,13 +200,13 @@ class FoldCache {
     auto dense = entry->dense;
     lock.unlock();
     if (!dense.defined()) dense = fold(c).weight;
-    const auto packed = pack(dense, c.geometry, input_size);
+    const auto made = pack(dense, c.geometry, input_size);
     lock.lock();
     if (auto* pack = find_pack(*entry, input_size)) {
-      pack->weight = packed;
+      pack->weight = made;
       entry->dense = at::Tensor();
     }
-    return {packed, entry->bias};
+    return {made, entry->bias};
   }
 
   FoldCacheInfo info() {
@@ -296,8 +300,8 @@ FoldCache& cache() {
 
 }  // namespace
 
-FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size) {
-  return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]});
+FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, bool packed) {
+  return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]}, packed);
 }
 
 FoldCacheInfo fold_cache_info() { return cache().info(); }

@@ -39,9 +39,9 @@ struct FoldedConv {
 // An entry is valid while the convolution's weight is the same storage at the same version and
 // address, an element of every filter is unchanged (writing through `.data` leaves the version as
 // it was), and every value of the bias and of BN's four vectors is unchanged. Whatever changed, the
-// entry is dropped and made anew. A size is packed when it comes a second time: weights that are
-// computed anew for each call are never packed.
-FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size);
+// entry is dropped and made anew. A size is packed, where asked for, when it comes a
+// second time: weights that are computed anew for each call are never packed.
+FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, bool packed);
 
 struct FoldCacheInfo {
   int64_t entries, bytes;

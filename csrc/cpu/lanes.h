@@ -9,10 +9,36 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "activations.h"
 
 namespace fastres::cpu::CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX2)
+// ATen copies the beginning of an AVX2 vector through memory. The shorter rows are, the more of them
+// end so; a 7x7 map does after six vectors.
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+template <typename T>
+inline at::vec::Vectorized<T> load_first(const T* p, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskload_ps(p, first_lanes(count));
+#endif
+  return at::vec::Vectorized<T>::loadu(p, count);
+}
+
+template <typename T>
+inline void store_first(const at::vec::Vectorized<T>& v, T* p, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, first_lanes(count), v);
+#endif
+  v.store(p, static_cast<int>(count));
+}
 
 template <typename T>
 struct Lanes {
@@ -32,7 +58,7 @@ struct Lanes {
 
   static Lanes load(const T* p, int64_t count = kSize) {
     using Raw = at::vec::Vectorized<T>;
-    const Raw raw = count == kSize ? Raw::loadu(p) : Raw::loadu(p, count);
+    const Raw raw = count == kSize ? Raw::loadu(p) : load_first(p, count);
     Lanes out;
     if constexpr (kVecs == 1) {
       out.v[0] = raw;
@@ -51,10 +77,10 @@ struct Lanes {
 
   void store(T* p, int64_t count = kSize) const {
     if constexpr (kVecs == 1) {
-      count == kSize ? v[0].store(p) : v[0].store(p, static_cast<int>(count));
+      count == kSize ? v[0].store(p) : store_first(v[0], p, count);
     } else {
       const auto raw = at::vec::convert_from_float<T>(v[0], v[1]);
-      count == kSize ? raw.store(p) : raw.store(p, static_cast<int>(count));
+      count == kSize ? raw.store(p) : store_first(raw, p, count);
     }
   }
 
@@ -89,12 +115,9 @@ struct Lanes {
   }
 
   A sum() const {
-    alignas(64) A values[kSize];
-    store_wide(values);
-    for (int64_t half = kSize / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
-    }
-    return values[0];
+    V total = v[0];
+    for (int i = 1; i < kVecs; ++i) total = total + v[i];
+    return at::vec::vec_reduce_all<A>([](V& x, V& y) { return x + y; }, total);
   }
 };
 
