@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastres.compare import interleave
+from fastres.timing import interleave
 
 SIDE = 1024  # of the square matrices
 COPIED = 2**26  # float32 elements: beyond every cache

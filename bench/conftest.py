@@ -7,7 +7,11 @@ import pytest
 import torch
 from harness import Comparison
 
-from fastres import compare
+from fastres import compare, timing
+
+
+def pytest_configure(config):
+    timing.keep_freed_memory()
 
 
 def pytest_generate_tests(metafunc):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
-from fastres import compare
+from fastres import compare, timing
 
 BUDGET = 0.4  # seconds of timing a test, within these limits:
 ROUNDS = (7, 300)
@@ -122,7 +122,7 @@ def ready(task: Task, provider: str, reference: list[Tensor], layouts: list[str]
     with compare.compiling(provider == "compile-freezing"):
         calls = {name: build(task, provider, name) for name in layouts}
         outputs = {name: call() for name, call in calls.items()}
-        chosen = compare.fastest(calls)
+        chosen = timing.fastest(calls)
     return Ready(calls[chosen], chosen, errors(outputs[chosen], reference))
 
 
@@ -216,7 +216,7 @@ class Comparison:
         partners = {"eager": prepared.eager.call}
         if prepared.fastres and not self.provider.startswith(("eager", "fastres")):
             partners["fastres"] = prepared.fastres.call
-        once = sum(compare.seconds_of(run) for run in (*partners.values(), call.call))
+        once = sum(timing.seconds_of(run) for run in (*partners.values(), call.call))
         rounds = min(max(int(BUDGET / once), ROUNDS[0]), ROUNDS[1])
         seconds: dict[str, list[float]] = {name: [] for name in partners}
         pause = PAUSE if self.provider in external.PROVIDERS else 0
@@ -224,7 +224,7 @@ class Comparison:
         def run_partners() -> None:
             for name, partner in partners.items():
                 time.sleep(pause)
-                seconds[name].append(compare.seconds_of(partner))
+                seconds[name].append(timing.seconds_of(partner))
             time.sleep(pause)
 
         benchmark.group = f"{self.family} {self.case.name}"
@@ -244,13 +244,13 @@ class Comparison:
             "device": "cpu",
             "memory_format": call.memory_format,
             "eager_memory_format": prepared.eager.memory_format,
-            "eager_seconds": compare.spread(seconds["eager"]),
-            "ratio": compare.ratios(seconds["eager"], measured),
+            "eager_seconds": timing.spread(seconds["eager"]),
+            "ratio": timing.ratios(seconds["eager"], measured),
             "error": max(call.errors),
             "eager_error": max(prepared.eager.errors),
             "flops": prepared.flops,
             "bytes": case.traffic and case.traffic * case.dtype.itemsize,
         }
         if "fastres" in seconds:
-            figures["fastres_ratio"] = compare.ratios(measured, seconds["fastres"])
+            figures["fastres_ratio"] = timing.ratios(measured, seconds["fastres"])
         return figures

@@ -7,6 +7,7 @@
 #include "cpu/conv_fold_cache.h"
 #include "cpu/operators.h"
 #include "cuda/operators.h"
+#include "sites.h"
 
 TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("add_relu", &fastres::cpu::add_relu);
@@ -53,6 +54,8 @@ pybind11::dict cache_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastres; see fastres.ops for their schemas.";
   m.def("build_info", &build_info, "What this extension was built with and runs on.");
+  m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
+  m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");
   m.def("clear_cache", &fastres::cpu::clear_fold_cache, "Drops the folded convolution weights.");
 }

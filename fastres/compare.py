@@ -12,12 +12,9 @@ weights and inputs, ``err(fastres) <= 2 * err(eager) + atol``.
 """
 
 import copy
-import gc
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import ENVIRONMENT_VARIABLE, backend
 from .convert import convert, summary
+from .timing import fastest, interleave, keep_freed_memory, ratios, spread
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # what serves fastres' own operators inside each provider; None: whatever FASTRES_BACKEND says
@@ -51,52 +49,6 @@ LEARNING_RATE = 1e-4
 _OUTPUT_SLACK = {torch.float64: 1e-10}
 # Losses after SGD steps: the steps amplify rounding, and a scalar may be right by luck.
 _LOSS_SLACK = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-# --- time ----------------------------------------------------------------------------------------
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a round makes every call once, in the mapping's order."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                seconds[name].append(seconds_of(call))
-    finally:
-        if collecting:
-            gc.enable()
-    return seconds
-
-
-def fastest(calls: Mapping[str, Callable[[], Any]], rounds: int = 3) -> str:
-    """The name of the call with the smallest time in a short trial (after one call each)."""
-    if len(calls) == 1:
-        return next(iter(calls))
-    trial = interleave(calls, rounds + 1)
-    return min(trial, key=lambda name: min(trial[name][1:]))
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentile."""
-    if len(values) == 1:
-        return {"median": values[0], "p20": values[0], "p80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
-
-
-def ratios(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Spread of ``base / other`` within each round: how many times faster ``other`` is."""
-    return spread([b / o for b, o in zip(base, other, strict=True)])
 
 
 # --- agreement -----------------------------------------------------------------------------------
@@ -304,6 +256,7 @@ def compare(
     shape) are rounded to ``dtype``; training in a 16-bit dtype is autocast instead. fastres is
     given the model in contiguous format, the others run in the faster of the two formats.
     """
+    keep_freed_memory()
     providers = ["eager", *(name for name in providers if name != "eager")]
     model = copy.deepcopy(model).train(train)
     if not train or dtype == torch.float64:

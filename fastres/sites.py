@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import functional
+from . import functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
+from .backend import serving
 
+_CPU = torch.device("cpu")
 Act = nn.Module | Callable[[Tensor], Tensor] | None
 
 
@@ -24,6 +26,10 @@ def conv_bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(conv(input)) + residual)``; ``via`` are identity modules behind ``bn``."""
+    if (quick := _quick("conv_bn_relu")) is not None:
+        output = quick.conv_bn_act(input, conv, bn, act, residual, via)
+        if output is not None:
+            return output
     if why_not_conv(conv) or input.dim() != 4:
         return bn_act(conv(input), bn, act, residual, via)
     if _why_not_rest(bn, act, residual, via):
@@ -38,6 +44,10 @@ def bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(input) + residual)``; ``via`` are identity modules behind ``bn``."""
+    if (quick := _quick("bn_relu")) is not None:
+        output = quick.bn_act(input, bn, act, residual, via)
+        if output is not None:
+            return output
     if _why_not_rest(bn, act, residual, via) or input.dim() != 4:
         return _one_by_one(input, bn, act, residual, via)
     if residual is not None and not _alike(residual, input.shape, input.dtype, input.device):
@@ -56,6 +66,13 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
     ):
         return _add_act(input, residual, act)
     return functional.add_relu(input, residual)
+
+
+def _quick(operator: str):
+    """The extension, which serves plain modules in eval itself, where it may; see csrc/sites.h."""
+    if torch.compiler.is_compiling() or serving(operator, _CPU) != "cpu":
+        return None
+    return ops.extension
 
 
 # --- which modules a fused call may stand for ----------------------------------------------------

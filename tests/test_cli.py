@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastres
-from fastres import cli, compare, compat
+from fastres import cli, compare, compat, timing
 
 SMALL = ["--size", "32", "--rounds", "2", "--providers", "eager", "fastres"]
 
@@ -276,11 +276,11 @@ def test_python_m_fastres():
 
 def test_rounds_are_interleaved_and_ratios_taken_within_them():
     order = []
-    seconds = compare.interleave({name: lambda n=name: order.append(n) for name in "ab"}, 3)
+    seconds = timing.interleave({name: lambda n=name: order.append(n) for name in "ab"}, 3)
     assert order == ["a", "b"] * 3 and [len(times) for times in seconds.values()] == [3, 3]
     # the machine became ten times slower, the ratio did not change
-    assert compare.ratios([1.0, 2.0, 10.0], [2.0, 4.0, 20.0])["median"] == 0.5
-    assert compare.spread([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert timing.ratios([1.0, 2.0, 10.0], [2.0, 4.0, 20.0])["median"] == 0.5
+    assert timing.spread([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
 
 
 def test_fastest_ignores_the_first_call():
@@ -291,7 +291,7 @@ def test_fastest_ignores_the_first_call():
 
         time.sleep(next(waits[name]))
 
-    assert compare.fastest({name: lambda n=name: call(n) for name in waits}) == "cold"
+    assert timing.fastest({name: lambda n=name: call(n) for name in waits}) == "cold"
 
 
 def test_max_error():
