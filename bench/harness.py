@@ -66,6 +66,9 @@ class Prepared:
 @functools.lru_cache(maxsize=1)
 def prepare(case: Case) -> Prepared:
     task = make_task(case)
+    flops = count_flops(task)
+    if flops and case.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 instructions: PyTorch emulates them, slowly")
     wide = Task(
         case, copy.deepcopy(task.module).double(), tuple(t.double() for t in task.inputs),
         task.gradient,
@@ -75,7 +78,7 @@ def prepare(case: Case) -> Prepared:
     served = fastres.backends()["cpu"].available
     layouts = formats(case, "fastres-cpu", eager.memory_format)
     ours = ready(task, "fastres-cpu", reference, layouts) if served else None
-    return Prepared(task, reference, count_flops(task), eager, ours)
+    return Prepared(task, reference, flops, eager, ours)
 
 
 def count_flops(task: Task) -> int:

@@ -26,10 +26,9 @@ def conv_bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(conv(input)) + residual)``; ``via`` are identity modules behind ``bn``."""
-    if (quick := _quick("conv_bn_relu")) is not None:
-        output = quick.conv_bn_act(input, conv, bn, act, residual, via)
-        if output is not None:
-            return output
+    output = conv_bn_act_in_eval(input, conv, bn, act, residual, via)
+    if output is not None:
+        return output
     if why_not_conv(conv) or input.dim() != 4:
         return bn_act(conv(input), bn, act, residual, via)
     if _why_not_rest(bn, act, residual, via):
@@ -44,8 +43,8 @@ def bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(input) + residual)``; ``via`` are identity modules behind ``bn``."""
-    if (quick := _quick("bn_relu")) is not None:
-        output = quick.bn_act(input, bn, act, residual, via)
+    if _extension_serves("bn_relu"):
+        output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
     if _why_not_rest(bn, act, residual, via) or input.dim() != 4:
@@ -68,11 +67,18 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
     return functional.add_relu(input, residual)
 
 
-def _quick(operator: str):
-    """The extension, which serves plain modules in eval itself, where it may; see csrc/sites.h."""
-    if torch.compiler.is_compiling() or serving(operator, _CPU) != "cpu":
-        return None
-    return ops.extension
+def conv_bn_act_in_eval(input, conv, bn, act, residual, via) -> Tensor | None:
+    """:func:`conv_bn_act` by the extension, which looks at plain modules in eval faster than Python
+    does; None for anything else. See ``csrc/sites.h``."""
+    if _extension_serves("conv_bn_relu"):
+        return ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
+    return None
+
+
+def _extension_serves(operator: str) -> bool:
+    if ops.extension is None or torch.compiler.is_compiling():
+        return False
+    return serving(operator, _CPU) == "cpu"
 
 
 # --- which modules a fused call may stand for ----------------------------------------------------

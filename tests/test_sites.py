@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from agreement import Calls, assert_like_eager, batch_norm_operands
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
-from fastres import sites
+import fastres
+from fastres import ops, sites
 
 
 def modules(**bn_options):
@@ -322,3 +324,118 @@ def test_no_inplace_surprise():
             sites.conv_bn_act(input, conv, bn, act, residual)
             sites.bn_act(residual, bn, act, residual)
         assert torch.equal(input, before) and torch.equal(residual, RESIDUAL)
+
+
+# --- the extension's own look at modules in eval --------------------------------------------------
+
+UNUSUAL = {
+    "training": lambda conv, bn, act: bn.train(),
+    "no statistics": lambda conv, bn, act: setattr(bn, "running_mean", None),
+    "hook on conv": lambda conv, bn, act: conv.register_forward_hook(lambda *a: None),
+    "hook on act": lambda conv, bn, act: act.register_forward_pre_hook(lambda *a: None),
+    "backward hook": lambda conv, bn, act: bn.register_full_backward_hook(lambda *a: None),
+    "patched forward": lambda conv, bn, act: setattr(conv, "forward", conv.forward),
+    "padding mode": lambda conv, bn, act: setattr(conv, "padding_mode", "reflect"),
+    "padding by name": lambda conv, bn, act: setattr(conv, "padding", "same"),
+    "subclass": lambda conv, bn, act: setattr(bn, "__class__", type("B", (nn.BatchNorm2d,), {})),
+    "another dtype": lambda conv, bn, act: conv.double(),
+    "no parameter": lambda conv, bn, act: prune.l1_unstructured(conv, "weight", 0.5),
+    "integer eps": lambda conv, bn, act: setattr(bn, "eps", 1),
+    "wrong channels": lambda conv, bn, act: setattr(conv, "weight", nn.Parameter(torch.ones(4, 5, 3, 3))),
+}  # fmt: skip
+
+
+@pytest.fixture
+def extension():
+    if ops.extension is None:
+        pytest.skip("the compiled extension is not installed")
+    return ops.extension
+
+
+def eval_site():
+    conv, bn, act = modules()
+    return conv, bn.eval(), act
+
+
+def quick(extension, conv, bn, act, residual=None, input=None, via=()):
+    input = torch.randn(2, 3, 5, 7) if input is None else input
+    both = extension.conv_bn_act(input, conv, bn, act, residual, via)
+    alone = extension.bn_act(torch.randn(2, 4, 5, 7), bn, act, residual, via)
+    return both, alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_the_extension_leaves_the_unusual_to_python(extension, what):
+    site = eval_site()
+    assert None not in quick(extension, *site)
+    UNUSUAL[what](*site)
+    both, alone = quick(extension, *site)
+    assert both is None
+    of_bn = {"training", "no statistics", "hook on act", "backward hook", "subclass", "integer eps"}
+    assert (alone is None) == (what in of_bn)
+
+
+@torch.no_grad()
+def test_the_extension_leaves_unusual_calls_to_python(extension):
+    conv, bn, act = eval_site()
+    input = torch.randn(2, 3, 5, 7)
+    for changed in [
+        {"act": nn.GELU()}, {"act": torch.relu}, {"via": (nn.Dropout(),)}, {"via": [nn.Identity()]},
+        {"residual": RESIDUAL[:1]}, {"residual": RESIDUAL.double()}, {"residual": 1.0},
+        {"input": input[0]}, {"input": input[:0]}, {"input": input.to("meta")},
+        {"input": input.numpy()}, {"input": nn.Buffer(input).as_subclass(torch.Tensor).to_sparse()},
+        {"act": None, "residual": RESIDUAL},
+    ]:  # fmt: skip
+        both, _ = quick(extension, conv, bn, **{"act": act} | changed)
+        assert both is None, changed
+    for context in (
+        torch.autocast("cpu", torch.bfloat16), torch.device("cpu"), torch.enable_grad(),
+    ):  # fmt: skip
+        with context:
+            assert quick(extension, conv, bn, act) == (None, None), context
+    handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+    assert quick(extension, conv, bn, act) == (None, None)
+    handle.remove()
+    assert None not in quick(extension, conv, bn, act)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [None, RESIDUAL], ids=["", "residual"])
+@pytest.mark.parametrize("act", [None, nn.ReLU(), F.relu], ids=str)
+@pytest.mark.parametrize("via", [(), (nn.Identity(), nn.Identity())], ids=["", "via"])
+def test_the_extension_gives_pythons_answer(extension, monkeypatch, residual, act, via):
+    conv, bn, _ = eval_site()
+    input, output = torch.randn(2, 3, 5, 7), torch.randn(2, 4, 5, 7)
+    answers = []
+    for _ in range(2):
+        answers.append((sites.conv_bn_act(input, conv, bn, act, residual, via),
+                        sites.bn_act(output, bn, act, residual, via)))  # fmt: skip
+        monkeypatch.setattr(ops, "extension", None)
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_asking_for_eager_is_heard(extension):
+    conv, bn, act = eval_site()
+    with fastres.backend("eager"), Calls() as calls:
+        sites.conv_bn_act(torch.randn(2, 3, 5, 7), conv, bn, act)
+        sites.bn_act(RESIDUAL, bn, act)
+    assert not calls.made
+
+
+# --- what a site leaves behind --------------------------------------------------------------------
+
+
+def test_a_recomputed_batch_is_counted_as_in_eager():
+    """A checkpoint recomputes up to the last tensor that was saved, and no further."""
+    results = []
+    for call in (one_by_one, sites.conv_bn_act):
+        conv, bn, act = modules()
+        input = torch.linspace(-1, 1, 210).view(2, 3, 5, 7).requires_grad_()
+        checkpoint(lambda x, call=call, site=(conv, bn, act): call(x, *site), input,
+                   use_reentrant=False).sum().backward()  # fmt: skip
+        results.append(dict(bn.named_buffers()))
+    assert results[0]["num_batches_tracked"] == 2
+    assert_like_eager(results[1], results[0])

@@ -139,10 +139,11 @@ at::Tensor in_channels_last(const at::Tensor& t) {
 }
 
 // What a call of oneDNN costs beside its arithmetic is more than such a small convolution takes:
-// ATen, too, computes these as a plain matrix product.
+// ATen, too, computes these as a plain matrix product. It lays out the weights at every call.
 bool is_tiny(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
-  constexpr int64_t kMultiplyAdds = int64_t{1} << 21, kElements = 20480;
+  constexpr int64_t kMultiplyAdds = 1 << 21, kWeights = 1 << 16, kElements = 20480;
   if (x.size(0) != 1 || g.groups != 1 || x.numel() > kElements) return false;
+  if (weight.numel() > kWeights) return false;
   if (x.scalar_type() != at::kFloat || weight.size(2) > 3 || weight.size(3) > 3) return false;
   const auto size = output_size(x, weight, g);
   return weight.numel() * size[2] * size[3] <= kMultiplyAdds;
