@@ -82,13 +82,20 @@ def _rounded(value):
 
 
 def slug(machine: dict) -> str:
-    """A folder's name for the processor and the threads in use, such as ``amd-epyc-zen4-2c``."""
+    """A folder's name for the processor, the instructions and the threads in use, such as
+    ``amd-epyc-zen4-avx512-2c``: virtual machines may hide some of their processor's."""
     name = machine["cpu"]
     numbers = re.search(r"\(family (\d+), model (\d+)\)", name)
     words = re.sub(r"\(.*?\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", name).lower()
     if numbers and words.split()[:1] == ["amd"] and int(numbers[1]) in AMD:
         words += " " + AMD[int(numbers[1])](int(numbers[2]))
-    return "-".join([*re.findall(r"[a-z0-9.]+", words), f"{machine['threads']}c"])
+    return "-".join(
+        [
+            *re.findall(r"[a-z0-9.]+", words),
+            machine["cpu_capability"].lower(),
+            f"{machine['threads']}c",
+        ]
+    )
 
 
 # --- Markdown ------------------------------------------------------------------------------------

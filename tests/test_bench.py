@@ -110,17 +110,17 @@ def test_report_without_measurements_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [
-        ("AMD EPYC (family 25, model 17)", "amd-epyc-zen4-2c"),
-        ("AMD Ryzen 9 5950X 16-Core Processor (family 25, model 33)", "amd-ryzen-9-5950x-zen3-2c"),
+        ("AMD EPYC (family 25, model 17)", "amd-epyc-zen4-avx2-2c"),
+        ("AMD Ryzen 9 5950X 16-Core Processor (family 25, model 33)", "amd-ryzen-9-5950x-zen3-avx2-2c"),
         (
             "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz (family 6, model 143)",
-            "intel-xeon-platinum-8488c-2c",
+            "intel-xeon-platinum-8488c-avx2-2c",
         ),
-        ("aarch64", "aarch64-2c"),
+        ("aarch64", "aarch64-avx2-2c"),
     ],
 )
 def test_folder_names(bench, cpu, expected):
-    assert bench("report").slug({"cpu": cpu, "threads": 2}) == expected
+    assert bench("report").slug({"cpu": cpu, "cpu_capability": "AVX2", "threads": 2}) == expected
 
 
 def test_a_wrong_output_is_not_timed(bench):

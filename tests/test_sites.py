@@ -430,9 +430,9 @@ def test_asking_for_eager_is_heard(extension):
 
 def test_a_recomputed_batch_is_counted_as_in_eager():
     """A checkpoint recomputes up to the last tensor that was saved, and no further."""
-    results = []
+    results, site = [], modules()
     for call in (one_by_one, sites.conv_bn_act):
-        conv, bn, act = modules()
+        conv, bn, act = copy.deepcopy(site)
         input = torch.linspace(-1, 1, 210).view(2, 3, 5, 7).requires_grad_()
         checkpoint(lambda x, call=call, site=(conv, bn, act): call(x, *site), input,
                    use_reentrant=False).sum().backward()  # fmt: skip
