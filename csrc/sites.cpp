@@ -29,9 +29,8 @@ struct Known {
   PyObject* const relu = keep("torch.nn", "ReLU");
   PyObject* const identity = keep("torch.nn", "Identity");
   PyObject* const functional_relu = keep("torch.nn.functional", "relu");
-  const std::array<PyObject*, 4> hooks{
-      intern("_forward_hooks"), intern("_forward_pre_hooks"), intern("_backward_hooks"),
-      intern("_backward_pre_hooks")};
+  const std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
+                                       intern("_backward_hooks"), intern("_backward_pre_hooks")};
   const std::array<PyObject*, 4> global_hooks{
       keep("torch.nn.modules.module", "_global_forward_hooks"),
       keep("torch.nn.modules.module", "_global_forward_pre_hooks"),

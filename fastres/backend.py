@@ -125,7 +125,7 @@ def serving(operator: str, device: torch.device) -> str:
     Forward-mode derivatives and ``torch.func`` transforms have rules for PyTorch's own operators
     only: there it is ``eager``, whatever was asked for.
     """
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if _is_transformed():
         return "eager"
     if _requested == "auto":
         for name in _BEST.get(device.type, ()):
@@ -137,6 +137,17 @@ def serving(operator: str, device: torch.device) -> str:
     if _requested != device.type or (_requested, operator) not in _COMPILED:
         _refuse(operator, device)
     return _requested
+
+
+def serves_cpu(operator: str) -> bool:
+    """Whether :func:`serving` would say "cpu" for a tensor there."""
+    if _requested not in ("auto", "cpu") or _is_transformed():
+        return False
+    return ("cpu", operator) in _COMPILED
+
+
+def _is_transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _refuse(operator: str, device: torch.device) -> None:

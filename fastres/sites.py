@@ -15,9 +15,8 @@ from torch.nn.modules import module as nn_module
 
 from . import functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
-from .backend import serving
+from .backend import serves_cpu
 
-_CPU = torch.device("cpu")
 Act = nn.Module | Callable[[Tensor], Tensor] | None
 
 
@@ -78,7 +77,7 @@ def conv_bn_act_in_eval(input, conv, bn, act, residual, via) -> Tensor | None:
 def _extension_serves(operator: str) -> bool:
     if ops.extension is None or torch.compiler.is_compiling():
         return False
-    return serving(operator, _CPU) == "cpu"
+    return serves_cpu(operator)
 
 
 # --- which modules a fused call may stand for ----------------------------------------------------

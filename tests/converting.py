@@ -33,6 +33,27 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
+def images(channels: int = 8, size: int = 9) -> Tensor:
+    return torch.randn(3, channels, size, size)
+
+
+class Block(nn.Module):
+    """A residual block whose forward the tests vary."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + x)
+
+
+FUSED = {"conv_bn_relu": 1, "conv_bn_add_relu": 1}
+
+
 def tensors(output) -> list[Tensor]:
     """The tensors in an output, in order."""
     if isinstance(output, Tensor):

@@ -111,7 +111,10 @@ def test_report_without_measurements_says_so(tmp_path):
     ("cpu", "expected"),
     [
         ("AMD EPYC (family 25, model 17)", "amd-epyc-zen4-avx2-2c"),
-        ("AMD Ryzen 9 5950X 16-Core Processor (family 25, model 33)", "amd-ryzen-9-5950x-zen3-avx2-2c"),
+        (
+            "AMD Ryzen 9 5950X 16-Core Processor (family 25, model 33)",
+            "amd-ryzen-9-5950x-zen3-avx2-2c",
+        ),
         (
             "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz (family 6, model 143)",
             "intel-xeon-platinum-8488c-avx2-2c",

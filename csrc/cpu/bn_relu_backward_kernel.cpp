@@ -18,8 +18,8 @@ inline Lanes<T> masked_gradient(const BackwardArrays<T>& a, int64_t i, int64_t c
   }
 }
 
-// kRows neighbouring rows at once, whole rows at a time: memory is read in its own order, for a walk
-// down one column block touches a new page at every row.
+// kRows neighbouring rows at once, whole rows at a time: memory is read in its own order, for a
+// walk down one column block touches a new page at every row.
 template <typename T, Mask kMask, bool kResidual, int kRows>
 inline void rows_reduce(const BackwardArrays<T>& a, const Runs& rows, const Coefficients<T>& k,
                         acc_t<T>* sum_g, acc_t<T>* sum_gx) {

@@ -61,7 +61,7 @@ inline int64_t grain(int64_t elements_per_task) {
 // A reduction over rows is cut into segments of rows and blocks of channels, by the shape alone, so
 // that the order of summation is the same for any number of threads.
 struct RowTasks {
-  static constexpr int64_t kTasks = 32;   // enough for the threads of one socket
+  static constexpr int64_t kTasks = 32;  // enough for the threads of one socket
   int64_t blocks, segments, rows_per_segment;
 
   explicit RowTasks(const Geometry& g) : blocks((g.channels + kRowBlock - 1) / kRowBlock) {

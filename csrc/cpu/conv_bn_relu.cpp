@@ -184,8 +184,9 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   check_activation(input, "input", at::kCPU);
   const ConvGeometry geometry{check_pair(stride, "stride", 1), check_pair(padding, "padding", 0),
                               check_pair(dilation, "dilation", 1), groups};
-  const ConvBn c{weight,  bias,     running_mean, running_var, bn_weight,
-                 bn_bias, geometry, eps,          compute_dtype(input.scalar_type())};
+  const ConvBn c{weight,      bias,      running_mean,
+                 running_var, bn_weight, bn_bias,
+                 geometry,    eps,       compute_dtype(input.scalar_type())};
   check_arguments(input, residual, c);
   // The operators below must not meet autograd or autocast again.
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -198,8 +199,8 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
     return y.to(input.scalar_type()).contiguous(format);
   };
   const auto x = in_channels_last(input.to(c.dtype));
-  const auto r = given(residual) ? OptionalTensor(in_channels_last(residual->to(c.dtype)))
-                                 : std::nullopt;
+  const auto r =
+      given(residual) ? OptionalTensor(in_channels_last(residual->to(c.dtype))) : std::nullopt;
   // A map of one channel and one pixel has no strides that say channels_last.
   if (!onednn_serves(c.dtype) || x.numel() == 0 || output_format(x) != kLast ||
       weight.size(0) == 1) {
@@ -210,8 +211,8 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
     return as_asked(convolve_tiny(x, r, folded, geometry, relu));
   }
   const auto folded = folded_conv(c, x.sizes(), /*packed=*/true);
-  const auto y = given(r) ? convolve_add(x, *r, folded, geometry, relu)
-                          : convolve(x, folded, geometry, relu);
+  const auto y =
+      given(r) ? convolve_add(x, *r, folded, geometry, relu) : convolve(x, folded, geometry, relu);
   if (relu && take_invalid_flag()) {
     // Somebody else may have left the flag up: then the folded result stands.
     const auto exact = unfolded(x, r, c, relu);

@@ -16,8 +16,8 @@
 namespace fastres::cpu::CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX2)
-// ATen copies the beginning of an AVX2 vector through memory. The shorter rows are, the more of them
-// end so; a 7x7 map does after six vectors.
+// ATen copies the beginning of an AVX2 vector through memory. The shorter rows are, the more of
+// them end so; a 7x7 map does after six vectors.
 inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
