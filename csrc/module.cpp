@@ -14,6 +14,9 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("add_relu_backward", &fastres::cpu::add_relu_backward);
   m.impl("bn_relu", &fastres::cpu::bn_relu);
   m.impl("bn_relu_backward", &fastres::cpu::bn_relu_backward);
+  m.impl("conv", &fastres::cpu::conv);
+  m.impl("conv_dgrad", &fastres::cpu::conv_dgrad);
+  m.impl("conv_wgrad", &fastres::cpu::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cpu::conv_bn_relu);
 }
 
@@ -56,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with and runs on.");
   m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
   m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
+  m.def("conv_by", &fastres::cpu::conv_by, "One convolution by a named algorithm.");
+  m.def("conv_algorithm", &fastres::cpu::conv_algorithm, "What computes a convolution.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");
   m.def("clear_cache", &fastres::cpu::clear_fold_cache, "Drops the folded convolution weights.");
 }

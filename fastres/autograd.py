@@ -1,8 +1,9 @@
 """The custom autograd functions of the fused operators.
 
-They only save and route tensors; the maths is in the operators of :mod:`fastres.ops`. A gradient
-that nobody needs is neither computed nor kept alive for. When a graph of the backward is asked for
-(``create_graph=True``), the backward is spelled in PyTorch's own differentiable operators.
+They only save and route tensors; the maths is in the operators of :mod:`fastres.ops`, backward in
+those of the backend that served forward. A gradient that nobody needs is neither computed nor kept
+alive for. When a graph of the backward is asked for (``create_graph=True``), the backward is
+spelled in PyTorch's own differentiable operators.
 """
 
 import torch
@@ -24,9 +25,10 @@ class AddReLU(torch.autograd.Function):
     """``relu(input + residual)``; both gradients are ``grad * [output > 0]``."""
 
     @staticmethod
-    def forward(ctx, input, residual):
-        output = ops.add_relu(input, residual)
+    def forward(ctx, input, residual, backend):
+        output = ops.OPERATORS[backend].add_relu(input, residual)
         ctx.save_for_backward(output)
+        ctx.backend = backend
         return output
 
     @staticmethod
@@ -35,7 +37,7 @@ class AddReLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad = torch.where(output <= 0, 0, grad_output)
         else:
-            grad = ops.add_relu_backward(grad_output, output)
+            grad = ops.OPERATORS[ctx.backend].add_relu_backward(grad_output, output)
         return tuple(grad if needed else None for needed in ctx.needs_input_grad)
 
 
@@ -49,21 +51,21 @@ class BNReLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, residual, running_mean, running_var, weight, bias,
-        training, momentum, eps, relu,
+        training, momentum, eps, relu, backend,
     ):  # fmt: skip
-        output, mean, invstd = ops.bn_relu(
+        output, mean, invstd = ops.OPERATORS[backend].bn_relu(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
         masked = output if relu and residual is not None else None
         ctx.save_for_backward(input, masked, weight, bias, mean, invstd)
-        ctx.training, ctx.eps, ctx.relu = training, eps, relu
+        ctx.training, ctx.eps, ctx.relu, ctx.backend = training, eps, relu, backend
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         input, output, weight, bias, mean, invstd = ctx.saved_tensors
         need_input, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
-        backward = ops.bn_relu_backward
+        backward = ops.OPERATORS[ctx.backend].bn_relu_backward
         if torch.is_grad_enabled():
             backward = reference.bn_relu_backward
             if ctx.training:
@@ -79,18 +81,55 @@ class BNReLU(torch.autograd.Function):
             None,
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_bias.to(bias.dtype) if need_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
-def add_relu(input: Tensor, residual: Tensor) -> Tensor:
+class Conv(torch.autograd.Function):
+    """``F.conv2d``."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, geometry, backend):
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.backend = geometry, backend
+        return ops.OPERATORS[backend].conv(input, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        operands = (grad_output, input, weight, *ctx.geometry)
+        if torch.is_grad_enabled():
+            mask = [need_input, need_weight, need_bias]
+            return *ops.conv_gradients(*operands, mask), None, None
+        operators = ops.OPERATORS[ctx.backend]
+        grad_input = operators.conv_dgrad(*operands) if need_input else None
+        grad_weight = grad_bias = None
+        if need_weight or need_bias:
+            grad_weight, grad_bias = operators.conv_wgrad(*operands, [need_weight, need_bias])
+        return (
+            grad_input,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            None,
+            None,
+        )
+
+
+def conv(input, weight, bias, geometry, backend) -> Tensor:
+    if needs_graph(input, weight, bias):
+        return Conv.apply(input, weight, bias, geometry, backend)
+    return ops.OPERATORS[backend].conv(input, weight, bias, *geometry)
+
+
+def add_relu(input: Tensor, residual: Tensor, backend: str) -> Tensor:
     if needs_graph(input, residual):
-        return AddReLU.apply(input, residual)
-    return ops.add_relu(input, residual)
+        return AddReLU.apply(input, residual, backend)
+    return ops.OPERATORS[backend].add_relu(input, residual)
 
 
 def bn_relu(
-    input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+    input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu, backend
 ) -> Tensor:
     if not training and torch.compiler.is_compiling():
         # the schema allows the operator to write them: copies keep the traced graph free of
@@ -100,5 +139,5 @@ def bn_relu(
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
     )  # fmt: skip
     if needs_graph(input, residual, weight, bias):
-        return BNReLU.apply(*arguments)
-    return ops.bn_relu(*arguments)[0]
+        return BNReLU.apply(*arguments, backend)
+    return ops.OPERATORS[backend].bn_relu(*arguments)[0]

@@ -25,8 +25,8 @@ _COMPILED = {
     for operator in _OPERATORS
     if ops.has_kernel(operator, device)
 }
-# the backends that may serve a device, best first
-_BEST = {"cpu": ("cpu",), "cuda": ("cuda",)}
+# the backends that may serve a device, best first; each operator by the first that has it
+_BEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
@@ -46,7 +46,7 @@ def backends() -> dict[str, Status]:
     """What each backend can do on this machine, by name."""
     return {
         "cuda": _cuda_status(),
-        "triton": Status(False, "this version of fastres has no Triton kernels"),
+        "triton": _triton_status(),
         "cpu": _cpu_status(),
         "eager": Status(True),
     }
@@ -80,6 +80,18 @@ def _cuda_status() -> Status:
     if not torch.cuda.is_available():
         return Status(
             False, "torch.cuda.is_available() is False: no usable GPU, or a CPU-only torch"
+        )
+    return Status(True)
+
+
+def _triton_status() -> Status:
+    if not ops.TRITON_FOUND:
+        return Status(False, "Triton is not installed; 'pip install triton' (Linux only)")
+    if not torch.cuda.is_available() and not ops.TRITON_INTERPRETS:
+        return Status(
+            False,
+            "torch.cuda.is_available() is False: no usable GPU, or a CPU-only torch; with "
+            "TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU, slowly",
         )
     return Status(True)
 
@@ -129,14 +141,22 @@ def serving(operator: str, device: torch.device) -> str:
         return "eager"
     if _requested == "auto":
         for name in _BEST.get(device.type, ()):
-            if (name, operator) in _COMPILED:
+            if _has(name, operator, device.type):
                 return name
         return "eager"
     if _requested == "eager":
         return "eager"
-    if _requested != device.type or (_requested, operator) not in _COMPILED:
+    if not _has(_requested, operator, device.type):
         _refuse(operator, device)
     return _requested
+
+
+def _has(name: str, operator: str, device_type: str) -> bool:
+    """Triton has every operator: a convolution is the vendor's, then bn_relu."""
+    if name == "triton":
+        interpreted = device_type == "cpu" and ops.TRITON_FOUND and ops.TRITON_INTERPRETS
+        return interpreted or (device_type == "cuda" and ops.TRITON_FOUND)
+    return name == device_type and (name, operator) in _COMPILED
 
 
 def serves_cpu(operator: str) -> bool:

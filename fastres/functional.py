@@ -12,11 +12,12 @@ number of dimensions and for a single value per channel in training, ``RuntimeEr
 devices or geometry that do not fit and for missing running statistics in eval.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, checks, ops, reference
-from .arguments import compute_dtype, resolve_padding
+from .arguments import compute_dtype, pair, resolve_padding
 from .backend import serving
 
 
@@ -25,7 +26,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     return _serve(
         "add_relu",
         input,
-        lambda: autograd.add_relu(input, residual),
+        lambda backend: autograd.add_relu(input, residual, backend),
         lambda: checks.add_relu(input, residual),
         lambda: reference.add_relu(input, residual),
     )
@@ -119,14 +120,15 @@ def batch_norm(
     return _serve(
         "bn_relu",
         input,
-        lambda: autograd.bn_relu(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        lambda backend: autograd.bn_relu(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
+            backend,
         ),
         lambda: checks.bn_relu(
             input, residual, running_mean, running_var, weight, bias, training, eps
         ),
         eager,
-    )
+    )  # fmt: skip
 
 
 def _conv_bn(
@@ -139,22 +141,24 @@ def _conv_bn(
             stride, padding, dilation, groups, training, eps,
         )  # fmt: skip
 
-    def two_steps() -> Tensor:
+    def two_steps(backend: str = "eager") -> Tensor:
         check()
-        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        output = _conv(backend, input, weight, bias, stride, padding, dilation, groups)
         return batch_norm(
             output, residual, running_mean, running_var, bn_weight, bn_bias,
             training, momentum, eps, relu,
         )  # fmt: skip
 
-    def folded() -> Tensor:
-        if training or autograd.needs_graph(input, residual, weight, bias, bn_weight, bn_bias):
-            return two_steps()
+    def folded(backend: str) -> Tensor:
+        operator = ops.OPERATORS[backend].conv_bn_relu
+        recorded = autograd.needs_graph(input, residual, weight, bias, bn_weight, bn_bias)
+        if training or operator is None or recorded:
+            return two_steps(backend)
         dtype = compute_dtype(input)
         alike = input.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)
         if not alike:  # autocast, or a mistake: the operator allows more than eager does
             check()
-        return ops.conv_bn_relu(
+        return operator(
             input.to(dtype), weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
             stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps, relu,
         )  # fmt: skip
@@ -162,15 +166,38 @@ def _conv_bn(
     return _serve("conv_bn_relu", input, folded, check, two_steps)
 
 
+def _conv(
+    backend: str, input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups
+) -> Tensor:
+    """``F.conv2d``, by the backend's own operator if it has one. A compiler is better off with the
+    convolution that it knows."""
+    dtype = compute_dtype(input)
+    own = backend != "eager" and ops.OPERATORS[backend].conv is not None
+    if not own or dtype not in _OWN_CONV_DTYPES or torch.compiler.is_compiling():
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    geometry = (
+        pair("stride", stride), resolve_padding(padding, weight, stride, dilation),
+        pair("dilation", dilation), groups,
+    )  # fmt: skip
+    if input.dtype != dtype or weight.dtype != dtype:  # autocast
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return autograd.conv(input, weight, bias, geometry, backend)
+
+
+_OWN_CONV_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
-    """``served()`` where a backend has the operator, else ``eager()``.
+    """``served(backend)`` where a backend has the operator, else ``eager()``.
 
     Compiled operators check their arguments themselves. Only when one refuses, ``check`` looks for
     the mistake again, to report it in the caller's words: that takes longer than a small map does.
     """
     try:
-        if serving(operator, input.device) != "eager" and input.numel():
-            return served()
+        backend = serving(operator, input.device)
+        if backend != "eager" and input.numel():
+            return served(backend)
     except Exception as error:  # noqa: BLE001 - raised again below, if nothing says it better
         refusal = error
     else:

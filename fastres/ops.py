@@ -2,14 +2,21 @@
 
 The schemas are defined here, in Python, so that the operators exist on every installation. The
 compiled extension ``fastres._C`` implements them for the devices it was built for; anything else
-is served by the eager maths of :mod:`fastres.reference` (``CompositeExplicitAutograd``).
+is served by the eager maths of :mod:`fastres.reference` (``CompositeExplicitAutograd``). The Triton
+kernels are operators of their own, ``fastres::triton_<name>``, with the same schemas.
 """
 
-import importlib
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.triton import triton_ops_to_kernels
+from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from . import checks, reference
 from .arguments import conv_output_size
@@ -24,6 +31,7 @@ else:
 
 _library = torch.library.Library("fastres", "DEF")
 _BN_STATE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias"
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 _SCHEMAS = {
     "add_relu": "(Tensor input, Tensor residual) -> Tensor",
@@ -34,18 +42,53 @@ _SCHEMAS = {
     "Tensor? bias, Tensor save_mean, Tensor save_invstd, bool training, bool relu, "
     "bool[3] output_mask) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    "conv": f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    "conv_dgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    "conv_wgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "bool[2] output_mask) -> (Tensor grad_weight, Tensor grad_bias)",
     "conv_bn_relu": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, bool relu) -> Tensor",
+    f"{_GEOMETRY}, float eps, bool relu) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+
+# conv_bn_relu is not among them: the vendor's convolution, then bn_relu
+_TRITON = ("add_relu", "add_relu_backward", "bn_relu", "bn_relu_backward")
+for _name in _TRITON:
+    _library.define(f"triton_{_name}{_SCHEMAS[_name]}", tags=torch.Tag.pt2_compliant_tag)
 
 add_relu = torch.ops.fastres.add_relu.default
 add_relu_backward = torch.ops.fastres.add_relu_backward.default
 bn_relu = torch.ops.fastres.bn_relu.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
+conv = torch.ops.fastres.conv.default
+conv_dgrad = torch.ops.fastres.conv_dgrad.default
+conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
+
+
+class Operators(NamedTuple):
+    """The operators by which a backend serves; None where it has none."""
+
+    add_relu: OpOverload
+    add_relu_backward: OpOverload
+    bn_relu: OpOverload
+    bn_relu_backward: OpOverload
+    conv_bn_relu: OpOverload | None = None
+    conv: OpOverload | None = None
+    conv_dgrad: OpOverload | None = None
+    conv_wgrad: OpOverload | None = None
+
+
+_elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
+OPERATORS = {
+    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
+    "cuda": Operators(*_elementwise, conv_bn_relu),
+    "triton": Operators(
+        *(getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON)
+    ),
+}
 
 
 def has_kernel(operator: str, device_type: str) -> bool:
@@ -83,6 +126,37 @@ def _bn_relu(
 
 def _bn_relu_backward(*args):
     return reference.bn_relu_backward(*args)
+
+
+def _conv(input, weight, bias, stride, padding, dilation, groups):
+    return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_gradients(grad_output, input, weight, stride, padding, dilation, groups, mask):
+    """PyTorch's own gradients of input, weight and bias, those that ``mask`` asks for;
+    differentiable."""
+    bias_size = [weight.shape[0]] if mask[2] else None
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, weight, bias_size, stride, padding, dilation, False, [0, 0], groups,
+        mask,
+    )  # fmt: skip
+
+
+def _conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
+    return conv_gradients(
+        grad_output, input, weight, stride, padding, dilation, groups, [True, False, False]
+    )[0]
+
+
+def _conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):
+    _, grad_weight, grad_bias = conv_gradients(
+        grad_output, input, weight, stride, padding, dilation, groups, [False, *output_mask]
+    )
+    nothing = weight.new_empty(0)
+    return (
+        nothing if grad_weight is None else grad_weight,
+        nothing.clone() if grad_bias is None else grad_bias,
+    )
 
 
 def _conv_bn_relu(
@@ -151,7 +225,26 @@ def _fake_conv_bn_relu(
     input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
     stride, padding, dilation, groups, eps, relu,
 ):  # fmt: skip
-    _check_device(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias)
+    _check_device(input, residual, running_mean, running_var, bn_weight, bn_bias)
+    return _fake_conv(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _fake_conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
+    _check_device(input, grad_output, weight)
+    return _like(input)
+
+
+def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):
+    _check_device(input, grad_output, weight)
+    want_weight, want_bias = output_mask
+    return (
+        torch.empty_like(weight) if want_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if want_bias else 0),
+    )
+
+
+def _fake_conv(input, weight, bias, stride, padding, dilation, groups):
+    _check_device(input, weight, bias)
     size = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
     formats = (suggest_memory_format(input), suggest_memory_format(weight))
     channels_last = torch.channels_last in formats
@@ -163,3 +256,115 @@ def _fake_conv_bn_relu(
 for _name in _SCHEMAS:
     _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastres::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+
+# --- Triton's kernels ----------------------------------------------------------------------------
+
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
+# Triton's interpreter runs kernels in Python, on CPU tensors too. Triton itself reads the same
+# variable, but importing it takes long.
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+    "y",
+)
+
+
+@functools.cache
+def _launcher(name: str):
+    """From ``fastres.kernels``, on first use: Triton takes long to import."""
+    stem = name.removesuffix("_backward")
+    return getattr(importlib.import_module(f".kernels.{stem}", __package__), name)
+
+
+def _launch(name: str, input: Tensor, *args):
+    if input.device.type != "cuda" and not TRITON_INTERPRETS:
+        raise RuntimeError(f"input: Triton's kernels expect a CUDA tensor, got {input.device}")
+    with torch.cuda.device_of(input):
+        return _launcher(name)(input, *args)
+
+
+def _triton_add_relu(input, residual):
+    checks.add_relu(input, residual)
+    return _launch("add_relu", input, residual)
+
+
+def _triton_add_relu_backward(grad_output, output):
+    _check_gradient(grad_output, output)
+    return _launch("add_relu_backward", grad_output, output)
+
+
+def _triton_bn_relu(
+    input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+):
+    if not input.numel():  # statistics of nothing
+        return _bn_relu(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        )
+    checks.bn_relu(input, residual, running_mean, running_var, weight, bias, training, eps)
+    return _launch(
+        "bn_relu", input, residual, running_mean, running_var, weight, bias, training, momentum,
+        eps, relu,
+    )  # fmt: skip
+
+
+def _triton_bn_relu_backward(grad_output, input, output, *args):
+    if not input.numel():
+        return _bn_relu_backward(grad_output, input, output, *args)
+    _check_gradient(grad_output, input)
+    if output is not None:
+        _check_gradient(output, input, "output")
+    return _launch("bn_relu_backward", grad_output, input, output, *args)
+
+
+def _check_gradient(gradient: Tensor, like: Tensor, name: str = "grad_output") -> None:
+    """A kernel would read past the end of a smaller one."""
+    if gradient.shape != like.shape or gradient.dtype != like.dtype:
+        raise RuntimeError(
+            f"{name}: expected {like.dtype} of shape {tuple(like.shape)}, got {gradient.dtype} of "
+            f"shape {tuple(gradient.shape)}"
+        )
+    _check_device(like, gradient)
+
+
+def _visible(name: str):
+    """The rule by which a compiled graph gets the kernels' launches in place of the operator, so
+    that Inductor plans their memory and calls them without Python. An exported graph keeps it."""
+
+    def rule(mode, operator, types, args, kwargs):
+        if torch.compiler.is_exporting() or TRITON_INTERPRETS:
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return _launcher(name)(*args, **kwargs, wrap=torch.library.wrap_triton)
+
+    return rule
+
+
+def _fake_triton(name: str):
+    """The operator's fake. It runs before a compiled graph is looked up in AOTAutograd's cache on
+    disk, whose key has the source of the kernels that an operator is known to launch: without it,
+    another version's kernels would be found there."""
+    fake = globals()[f"_fake_{name}"]
+
+    def known(*args):
+        if TRITON_FOUND and not TRITON_INTERPRETS:
+            triton_ops_to_kernels.setdefault(f"fastres::triton_{name}", _kernels(name))
+        return fake(*args)
+
+    return known
+
+
+def _kernels(name: str) -> list:
+    jitted = importlib.import_module("triton").JITFunction
+    return [value for value in _launcher(name).__globals__.values() if isinstance(value, jitted)]
+
+
+for _name in _TRITON:
+    _library.impl(f"triton_{_name}", globals()[f"_triton_{_name}"], "CompositeExplicitAutograd")
+    _qualified = f"fastres::triton_{_name}"
+    torch.library.register_fake(_qualified, _fake_triton(_name), lib=_library)
+    torch.library.register_torch_dispatch(
+        _qualified, FunctionalTensorMode, _visible(_name), lib=_library
+    )

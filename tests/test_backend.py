@@ -90,6 +90,36 @@ def test_no_gpu_is_said():
         fastres.backend("cuda")
 
 
+def test_triton_says_why_it_cannot_serve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "TRITON_INTERPRETS", False)
+    for found, reason in ((True, "no usable GPU.*TRITON_INTERPRET=1"), (False, "not installed")):
+        monkeypatch.setattr(ops, "TRITON_FOUND", found)
+        with pytest.raises(RuntimeError, match=f"'triton' cannot serve: .*{reason}"):
+            fastres.backend("triton")
+    monkeypatch.setattr(ops, "TRITON_FOUND", True)
+    monkeypatch.setattr(ops, "TRITON_INTERPRETS", True)
+    assert fastres.backends()["triton"]
+
+
+def test_each_operator_by_the_best_backend_that_has_it(monkeypatch):
+    monkeypatch.setattr(backend_module, "_COMPILED", {("cuda", "add_relu"), ("cpu", "bn_relu")})
+    monkeypatch.setattr(ops, "TRITON_FOUND", True)
+    cuda = torch.device("cuda")
+    assert backend_module.serving("add_relu", cuda) == "cuda"
+    assert backend_module.serving("bn_relu", cuda) == "triton"
+    assert backend_module.serving("conv_bn_relu", cuda) == "triton"
+    monkeypatch.setattr(ops, "TRITON_FOUND", False)
+    assert backend_module.serving("add_relu", cuda) == "cuda"
+    assert backend_module.serving("bn_relu", cuda) == "eager"
+
+
+def test_triton_refuses_tensors_it_cannot_read(monkeypatch):
+    monkeypatch.setattr(ops, "TRITON_INTERPRETS", False)
+    with pytest.raises(RuntimeError, match="input: Triton's kernels expect a CUDA tensor, got cpu"):
+        ops.OPERATORS["triton"].add_relu(X, X)
+
+
 def test_a_missing_extension_is_said(monkeypatch):
     monkeypatch.setattr(ops, "extension", None)
     monkeypatch.setattr(ops, "extension_error", ImportError("No module named 'fastres._C'"))
@@ -147,3 +177,19 @@ def test_import_without_the_compiled_extension():
     served, message = done.stdout.splitlines()
     assert served == "True"
     assert "the compiled extension did not load" in message and "pip install" in message
+
+
+def test_import_without_triton():
+    hide = "import sys; sys.modules['triton'] = None\n"
+    done = in_a_new_process(hide + CALL + "print(fastres.backends()['triton'].reason)")
+    assert done.returncode == 0, done.stderr
+    served, reason = done.stdout.splitlines()
+    assert served == "True" and "Triton is not installed" in reason
+
+
+def test_import_takes_neither_triton_nor_the_compiler():
+    """Either takes longer to import than all of fastres."""
+    code = (
+        "import sys, fastres; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
+    )
+    assert in_a_new_process(code).stdout == "[]\n"

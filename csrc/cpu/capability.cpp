@@ -16,6 +16,16 @@ Capability capability() {
   return chosen;
 }
 
+bool bfloat16_is_faster() {
+#if defined(FASTRES_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("amx-bf16")) return true;
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+#else
+  return true;  // unknown: what the libraries do is taken to be best
+#endif
+}
+
 std::string capability_name() {
   switch (capability()) {
     case Capability::kAvx512:

@@ -4,14 +4,17 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/any.h>
-#include <ATen/ops/as_strided.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/isnan.h>
 #include <ATen/ops/relu.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "../checks.h"
+#include "capability.h"
+#include "conv_arguments.h"
 #include "conv_fold_cache.h"
+#include "conv_run.h"
 #include "invalid_flag.h"
 #include "operators.h"
 
@@ -19,37 +22,6 @@ namespace fastres::cpu {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-Pair check_pair(at::IntArrayRef values, const char* name, int64_t least) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, ": expected 1 or 2 integers, got ",
-              values);
-  const Pair pair{values.front(), values.back()};
-  TORCH_CHECK(pair[0] >= least && pair[1] >= least, name, ": expected values of at least ", least,
-              ", got ", values);
-  return pair;
-}
-
-// A tensor of the convolution: of input's device, and of its dtype or that of its accumulators.
-void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& input) {
-  check_tensor(t, name, at::kCPU);
-  const auto dtype = input.scalar_type(), wide = accumulate_dtype(dtype);
-  TORCH_CHECK(t.scalar_type() == dtype || t.scalar_type() == wide, name,
-              ": expected the dtype of input, ", dtype, ", or ", wide, ", got ", t.scalar_type());
-}
-
-std::array<int64_t, 4> output_size(const at::Tensor& input, const at::Tensor& weight,
-                                   const ConvGeometry& g) {
-  std::array<int64_t, 4> size{input.size(0), weight.size(0), 0, 0};
-  for (int d = 0; d < 2; ++d) {
-    const int64_t padded = input.size(2 + d) + 2 * g.padding[d];
-    const int64_t reach = g.dilation[d] * (weight.size(2 + d) - 1) + 1;
-    TORCH_CHECK(weight.size(2 + d) > 0 && reach <= padded, "input: padded it measures ", padded,
-                " in dimension ", 2 + d, ", less than the ", reach, " that weight of shape ",
-                weight.sizes(), " reaches over");
-    size[2 + d] = (padded - reach) / g.stride[d] + 1;
-  }
-  return size;
-}
 
 void check_arguments(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c) {
   const auto& g = c.geometry;
@@ -129,15 +101,6 @@ at::Tensor convolve_add(const at::Tensor& x, const at::Tensor& residual, const F
                  at::Scalar(1.0), relu ? Text("relu") : Text(), Scalars(), "");
 }
 
-// t in channels_last, with the strides to show it: a tensor with one channel or one pixel is dense
-// in either format, and ATen takes its slow path unless the strides say channels_last.
-at::Tensor in_channels_last(const at::Tensor& t) {
-  const auto dense = t.contiguous(at::MemoryFormat::ChannelsLast);
-  if (output_format(dense) == at::MemoryFormat::ChannelsLast) return dense;
-  const int64_t c = t.size(1), row = t.size(3) * c;
-  return dense.as_strided(t.sizes(), {t.size(2) * row, 1, row, c});
-}
-
 // What a call of oneDNN costs beside its arithmetic is more than such a small convolution takes:
 // ATen, too, computes these as a plain matrix product. It lays out the weights at every call.
 bool is_tiny(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
@@ -155,6 +118,55 @@ at::Tensor convolve_tiny(const at::Tensor& x, const OptionalTensor& residual, co
   auto y = at::conv2d(x, f.weight, f.bias, g.stride, g.padding, g.dilation, g.groups);
   if (given(residual)) return relu ? add_relu(y, *residual) : y.add_(*residual);
   return relu ? y.relu_() : y;
+}
+
+// --- the project's own kernels ---
+
+// Which of them computes this convolution; kOneDnn if none does.
+ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
+  const auto dtype = x.scalar_type();
+  if (g.groups != 1 || x.numel() == 0 || dtype == at::kDouble) return ConvAlgorithm::kOneDnn;
+  bool onednn = onednn_serves(dtype);
+  if (dtype == at::kHalf && onednn) return ConvAlgorithm::kOneDnn;
+  if (dtype == at::kBFloat16 && onednn) {
+    if (bfloat16_is_faster()) return ConvAlgorithm::kOneDnn;
+    onednn = false;  // its float32 and ours are ahead of its bfloat16
+  }
+  return choose_algorithm(shape_of(x, weight, g), {conv_panel(), onednn, /*pack=*/false});
+}
+
+template <typename T>
+void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
+             ConvAlgorithm algorithm, bool relu, const at::Tensor& y) {
+  const auto run = [&](ConvAlgorithm with) {
+    const auto folded = folded_conv(c, x.sizes(), with);
+    return run_conv<T>(
+        shape_of(x, c.weight, c.geometry), with,
+        {x.const_data_ptr<T>(), folded.weight.const_data_ptr<float>(),
+         folded.bias.const_data_ptr<float>(),
+         given(residual) ? residual->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), relu});
+  };
+  if (!run(algorithm)) run(ConvAlgorithm::kDirect);
+}
+
+// c.dtype is float32, whatever the activations are.
+at::Tensor convolve_own(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c,
+                        ConvAlgorithm algorithm, bool relu) {
+  const auto x = in_channels_last(input);
+  const auto r = given(residual) ? OptionalTensor(in_channels_last(*residual)) : std::nullopt;
+  const auto y = at::empty(output_size(x, c.weight, c.geometry),
+                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  switch (x.scalar_type()) {
+    case at::kBFloat16:
+      run_own<c10::BFloat16>(x, r, c, algorithm, relu, y);
+      break;
+    case at::kHalf:
+      run_own<c10::Half>(x, r, c, algorithm, relu, y);
+      break;
+    default:
+      run_own<float>(x, r, c, algorithm, relu, y);
+  }
+  return y;
 }
 
 // Where oneDNN has no such convolution: ATen's, then the normalisation in one pass.
@@ -182,11 +194,10 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                         int64_t groups, double eps, bool relu) {
   check_activation(input, "input", at::kCPU);
-  const ConvGeometry geometry{check_pair(stride, "stride", 1), check_pair(padding, "padding", 0),
-                              check_pair(dilation, "dilation", 1), groups};
-  const ConvBn c{weight,      bias,      running_mean,
-                 running_var, bn_weight, bn_bias,
-                 geometry,    eps,       compute_dtype(input.scalar_type())};
+  const auto geometry = check_geometry(stride, padding, dilation, groups);
+  ConvBn c{weight,      bias,      running_mean,
+           running_var, bn_weight, bn_bias,
+           geometry,    eps,       compute_dtype(input.scalar_type())};
   check_arguments(input, residual, c);
   // The operators below must not meet autograd or autocast again.
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -198,6 +209,11 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   const auto as_asked = [&](const at::Tensor& y) {
     return y.to(input.scalar_type()).contiguous(format);
   };
+  const auto algorithm = own_algorithm(input, weight, geometry);
+  if (is_own(algorithm)) {
+    c.dtype = at::kFloat;
+    return as_asked(convolve_own(input, residual, c, algorithm, relu));
+  }
   const auto x = in_channels_last(input.to(c.dtype));
   const auto r =
       given(residual) ? OptionalTensor(in_channels_last(residual->to(c.dtype))) : std::nullopt;
@@ -207,10 +223,10 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
     return as_asked(unfolded(x, r, c, relu));
   }
   if (is_tiny(x, weight, geometry)) {
-    const auto folded = folded_conv(c, x.sizes(), /*packed=*/false);
+    const auto folded = folded_conv(c, x.sizes(), ConvAlgorithm::kAten);
     return as_asked(convolve_tiny(x, r, folded, geometry, relu));
   }
-  const auto folded = folded_conv(c, x.sizes(), /*packed=*/true);
+  const auto folded = folded_conv(c, x.sizes(), ConvAlgorithm::kOneDnn);
   const auto y =
       given(r) ? convolve_add(x, *r, folded, geometry, relu) : convolve(x, folded, geometry, relu);
   if (relu && take_invalid_flag()) {

@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/rsqrt.h>
 
 #include <algorithm>
@@ -15,11 +16,13 @@
 #include <vector>
 
 #include "../checks.h"
+#include "conv_pack.h"
+#include "memory.h"
 
 namespace fastres::cpu {
 namespace {
 
-constexpr size_t kPacks = 4;    // input sizes per entry
+constexpr size_t kPacks = 4;    // algorithms or input sizes per entry
 constexpr size_t kEntries = 4;  // uses of one weight: other BNs, geometries, dtypes
 
 using Size = std::array<int64_t, 4>;
@@ -41,7 +44,19 @@ FoldedConv fold(const ConvBn& c) {
   return {weight, bias.to(c.dtype)};
 }
 
-at::Tensor pack(const at::Tensor& weight, const ConvGeometry& g, const Size& input_size) {
+at::Tensor pack_own(const at::Tensor& weight, ConvAlgorithm algorithm) {
+  const auto filters = filters_of(weight);
+  const int64_t values = packed_values(filters, algorithm);
+  auto memory = allocate(values);
+  pack_filters(filters, algorithm, memory.get());
+  return at::from_blob(
+      memory.release(), {values}, [](void* p) { Free()(static_cast<float*>(p)); },
+      weight.options());
+}
+
+at::Tensor pack(const at::Tensor& weight, const ConvGeometry& g, ConvAlgorithm algorithm,
+                const Size& input_size) {
+  if (is_own(algorithm)) return pack_own(weight, algorithm);
   using Signature = at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
                                int64_t, at::OptionalIntArrayRef);
   static const auto op = c10::Dispatcher::singleton()
@@ -99,8 +114,13 @@ void visit_values(const ConvBn& c, const F& f) {
 }
 
 struct Pack {
-  Size input_size;
-  at::Tensor weight;  // undefined until the size comes a second time
+  ConvAlgorithm algorithm;
+  Size input_size;    // of oneDNN's packs; the project's own fit any
+  at::Tensor weight;  // undefined until oneDNN's size comes a second time
+
+  bool is_for(ConvAlgorithm other, const Size& size) const {
+    return algorithm == other && (other != ConvAlgorithm::kOneDnn || input_size == size);
+  }
 };
 
 // The storage stands for the weight: a weak reference to the tensor would forbid swap_tensors().
@@ -179,30 +199,31 @@ struct Entry {
 
 class FoldCache {
  public:
-  FoldedConv get(const ConvBn& c, const Size& input_size, bool packed) {
-    if (!c.weight.is_non_overlapping_and_dense()) return fold(c);
+  FoldedConv get(const ConvBn& c, const Size& input_size, ConvAlgorithm algorithm) {
+    if (!c.weight.is_non_overlapping_and_dense()) return unkept(c, algorithm);
     std::unique_lock lock(mutex_);
-    const auto entry = find(c);
+    auto entry = find(c);
     if (entry == nullptr) {
       lock.unlock();  // folding takes a while, and others need not wait
-      return add_entry(c, input_size);
+      entry = std::make_shared<Entry>(c);
+      lock.lock();
+      add_entry(c, entry);
     }
-    if (!packed) {
+    if (algorithm == ConvAlgorithm::kAten) {
       if (!entry->dense.defined()) entry->dense = fold(c).weight;
       return {entry->dense, entry->bias};
     }
-    const auto* known = find_pack(*entry, input_size);
-    if (known == nullptr) {
-      add_pack(*entry, input_size);
-      return {any_weight(*entry), entry->bias};
-    }
-    if (known->weight.defined()) return {known->weight, entry->bias};
+    const auto* known = find_pack(*entry, algorithm, input_size);
+    if (known != nullptr && known->weight.defined()) return {known->weight, entry->bias};
+    const bool wait = algorithm == ConvAlgorithm::kOneDnn && known == nullptr;
+    if (known == nullptr) add_pack(*entry, algorithm, input_size);
     auto dense = entry->dense;
     lock.unlock();
     if (!dense.defined()) dense = fold(c).weight;
-    const auto made = pack(dense, c.geometry, input_size);
+    if (wait) return {dense, entry->bias};
+    const auto made = pack(dense, c.geometry, algorithm, input_size);
     lock.lock();
-    if (auto* pack = find_pack(*entry, input_size)) {
+    if (auto* pack = find_pack(*entry, algorithm, input_size)) {
       pack->weight = made;
       entry->dense = at::Tensor();
     }
@@ -244,42 +265,36 @@ class FoldCache {
     return nullptr;
   }
 
-  FoldedConv add_entry(const ConvBn& c, const Size& input_size) {
-    const auto entry = std::make_shared<Entry>(c);
-    const FoldedConv folded{entry->dense, entry->bias};
-    add_pack(*entry, input_size);
-    const std::lock_guard lock(mutex_);
+  // Folded for this call only.
+  static FoldedConv unkept(const ConvBn& c, ConvAlgorithm algorithm) {
+    auto folded = fold(c);
+    if (is_own(algorithm)) folded.weight = pack_own(folded.weight, algorithm);
+    return folded;
+  }
+
+  void add_entry(const ConvBn& c, const std::shared_ptr<Entry>& entry) {
     sweep();
     auto& entries = entries_[storage_of(c.weight)];
     // Another thread may have been faster: then there are two for a while, and either is right.
     if (entries.size() == kEntries) entries.erase(entries.begin());
     entries.push_back(entry);
-    return folded;
   }
 
-  static Pack* find_pack(Entry& entry, const Size& input_size) {
+  static Pack* find_pack(Entry& entry, ConvAlgorithm algorithm, const Size& input_size) {
     const auto it = std::find_if(entry.packs.begin(), entry.packs.end(),
-                                 [&](const Pack& p) { return p.input_size == input_size; });
+                                 [&](const Pack& p) { return p.is_for(algorithm, input_size); });
     return it == entry.packs.end() ? nullptr : &*it;
   }
 
-  // Remembers a size. One that was seen only once makes room, else the oldest: so some pack is left
-  // when the dense weight is gone.
-  static void add_pack(Entry& entry, const Size& input_size) {
+  // Remembers an algorithm and a size. One that was seen only once makes room, else the oldest.
+  static void add_pack(Entry& entry, ConvAlgorithm algorithm, const Size& input_size) {
     auto& packs = entry.packs;
     if (packs.size() == kPacks) {
       const auto once = std::find_if(packs.begin(), packs.end(),
                                      [](const Pack& p) { return !p.weight.defined(); });
       packs.erase(once == packs.end() ? packs.begin() : once);
     }
-    packs.push_back({input_size, at::Tensor()});
-  }
-
-  static at::Tensor any_weight(const Entry& entry) {
-    if (entry.dense.defined()) return entry.dense;
-    return std::find_if(entry.packs.begin(), entry.packs.end(),
-                        [](const Pack& p) { return p.weight.defined(); })
-        ->weight;
+    packs.push_back({algorithm, input_size, at::Tensor()});
   }
 
   void sweep() {
@@ -300,8 +315,8 @@ FoldCache& cache() {
 
 }  // namespace
 
-FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, bool packed) {
-  return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]}, packed);
+FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, ConvAlgorithm algorithm) {
+  return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]}, algorithm);
 }
 
 FoldCacheInfo fold_cache_info() { return cache().info(); }

@@ -4,20 +4,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
+#include "conv_arguments.h"
+#include "conv_plan.h"
+
 namespace fastres::cpu {
-
-using Pair = std::array<int64_t, 2>;
-
-struct ConvGeometry {
-  Pair stride, padding, dilation;
-  int64_t groups;
-
-  bool operator==(const ConvGeometry&) const = default;
-};
 
 // y = BN_running(conv2d(x, weight, bias)), computed in `dtype`.
 struct ConvBn {
@@ -31,17 +24,18 @@ struct ConvBn {
 };
 
 struct FoldedConv {
-  at::Tensor weight, bias;  // weight: dense in channels_last, or packed; both give the same bits
+  at::Tensor weight, bias;  // weight: dense in channels_last, or packed for an algorithm
 };
 
-// The folded weights of c for inputs of this size, from the cache where it has them.
+// The folded weights of c, packed for the algorithm, from the cache where it has them.
 //
 // An entry is valid while the convolution's weight is the same storage at the same version and
 // address, an element of every filter is unchanged (writing through `.data` leaves the version as
 // it was), and every value of the bias and of BN's four vectors is unchanged. Whatever changed, the
-// entry is dropped and made anew. A size is packed, where asked for, when it comes a
-// second time: weights that are computed anew for each call are never packed.
-FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, bool packed);
+// entry is dropped and made anew. oneDNN packs for one size of inputs: only when that comes a
+// second time, for weights that are computed anew at each call; until then, and for kAten, weights
+// are dense. Both give the same bits.
+FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, ConvAlgorithm algorithm);
 
 struct FoldCacheInfo {
   int64_t entries, bytes;

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace fastres::cpu {
@@ -25,6 +26,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training, bool relu,
     std::array<bool, 3> output_mask);
+
+at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
+                const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+// The gradient of `input`, of which only the size and the memory format are read.
+at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, int64_t groups);
+
+// The gradients of weight and bias; one that is not wanted is empty.
+std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& weight,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups,
+                                              std::array<bool, 2> output_mask);
+
+// For tests and benchmarks. One convolution by "direct", "winograd2" or "winograd4", without a
+// second try where a sum is not finite.
+at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, int64_t stride, int64_t padding,
+                   int64_t dilation);
+
+// What computes a convolution of float32 tensors of these shapes: one of those, or "onednn".
+std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                           int64_t padding, int64_t dilation, bool training);
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,

@@ -1,0 +1,209 @@
+// The convolutions of training: ATen's, but for those that Winograd's kernels do faster.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <string>
+
+#include "../checks.h"
+#include "capability.h"
+#include "conv_arguments.h"
+#include "conv_pack.h"
+#include "conv_run.h"
+#include "memory.h"
+#include "operators.h"
+
+namespace fastres::cpu {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Filters change with every step: they are packed anew for every call, into memory that stays.
+const float* packed(const FilterView& filters, ConvAlgorithm algorithm) {
+  static thread_local Scratch memory;
+  float* const out = memory.of_size(packed_values(filters, algorithm));
+  pack_filters(filters, algorithm, out);
+  return out;
+}
+
+// In fp32 what Winograd's kernels do faster than oneDNN, in bfloat16 everything where the processor
+// gains nothing by it; else kAten.
+ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const ConvShape& shape,
+                           int64_t groups) {
+  using enum ConvAlgorithm;
+  const auto dtype = x.scalar_type();
+  if (groups != 1 || dtype != weight.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
+    return kAten;
+  }
+  if (dtype == at::kBFloat16 && !bfloat16_is_faster()) {
+    const auto algorithm = choose_algorithm(shape, {conv_panel(), /*onednn=*/false, /*pack=*/true});
+    return is_own(algorithm) ? algorithm : kAten;
+  }
+  if (dtype != at::kFloat) return kAten;
+  const auto algorithm = choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true});
+  return winograd_tile(algorithm) == 0 ? kAten : algorithm;
+}
+
+template <typename T>
+bool run_as(const at::Tensor& x, const FilterView& filters, const at::Tensor& bias,
+            const ConvShape& shape, ConvAlgorithm algorithm, const at::Tensor& y) {
+  return run_conv<T>(shape, algorithm,
+                     {x.const_data_ptr<T>(), packed(filters, algorithm),
+                      bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                      /*residual=*/nullptr, y.mutable_data_ptr<T>(), /*relu=*/false});
+}
+
+// False, and nothing of use in y, where a sum was not finite.
+bool run(const at::Tensor& input, const FilterView& filters, const OptionalTensor& bias,
+         const ConvShape& shape, ConvAlgorithm algorithm, const at::Tensor& y) {
+  const auto x = in_channels_last(input);
+  const auto shift = given(bias) ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  return x.scalar_type() == at::kFloat
+             ? run_as<float>(x, filters, shift, shape, algorithm, y)
+             : run_as<c10::BFloat16>(x, filters, shift, shape, algorithm, y);
+}
+
+// Pointwise convolutions of few pixels, which a plain product of matrices does faster than oneDNN.
+bool is_product(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
+  constexpr ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
+  constexpr int64_t kPixels = 2048;
+  return g == kPointwise && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(1) > 1 &&
+         weight.size(0) > 1 && x.scalar_type() == at::kFloat &&
+         x.scalar_type() == weight.scalar_type() && x.numel() > 0 &&
+         x.size(0) * x.size(2) * x.size(3) <= kPixels;
+}
+
+// (pixels, channels), without a copy where t is in channels_last.
+at::Tensor as_matrix(const at::Tensor& t) {
+  return t.permute({0, 2, 3, 1}).reshape({-1, t.size(1)});
+}
+
+// The way back: an activation of n maps of h x w pixels in channels_last.
+at::Tensor as_maps(const at::Tensor& matrix, int64_t n, int64_t h, int64_t w) {
+  return matrix.view({n, h, w, matrix.size(1)}).permute({0, 3, 1, 2});
+}
+
+at::Tensor empty_last(at::IntArrayRef size, const at::Tensor& like) {
+  return at::empty(size, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+}  // namespace
+
+at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const auto aten = [&] {
+    return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+  };
+  if (input.dim() != 4 || weight.dim() != 4 || input.size(1) != weight.size(1)) return aten();
+  const auto geometry = check_geometry(stride, padding, dilation, groups);
+  const bool last = output_format(input) == at::MemoryFormat::ChannelsLast ||
+                    output_format(weight) == at::MemoryFormat::ChannelsLast;
+  const auto as_asked = [&](const at::Tensor& y) { return last ? y : y.contiguous(); };
+  if (is_product(input, weight, geometry) && !given(bias)) {
+    const auto y = at::mm(as_matrix(input), weight.flatten(1).t());
+    return as_asked(as_maps(y, input.size(0), input.size(2), input.size(3)));
+  }
+  const auto shape = shape_of(input, weight, geometry);
+  const auto algorithm = algorithm_of(input, weight, shape, groups);
+  if (algorithm == ConvAlgorithm::kAten) return aten();
+  const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
+  const auto wide = weight.to(at::kFloat);
+  if (!run(input, filters_of(wide), bias, shape, algorithm, y)) return aten();
+  return as_asked(y);
+}
+
+at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const auto aten = [&] {
+    return std::get<0>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride,
+                                                padding, dilation, /*transposed=*/false, {0, 0},
+                                                groups, {true, false, false}));
+  };
+  const auto g = check_geometry(stride, padding, dilation, groups);
+  const auto as_asked = [&](const at::Tensor& y) {
+    return output_format(input) == at::MemoryFormat::ChannelsLast ? y : y.contiguous();
+  };
+  if (is_product(grad_output, weight, g)) {
+    const auto y = at::mm(as_matrix(grad_output), weight.flatten(1));
+    return as_asked(as_maps(y, input.size(0), input.size(2), input.size(3)));
+  }
+  constexpr Pair kOnes{1, 1};
+  const Pair full{weight.size(2) - 1 - g.padding[0], weight.size(3) - 1 - g.padding[1]};
+  if (g.stride != kOnes || g.dilation != kOnes || full[0] < 0 || full[1] < 0) return aten();
+  // The same convolution from the output to the input: its filters are turned, its padding is what
+  // was missing from a full one.
+  const ConvShape shape{grad_output.size(0),
+                        grad_output.size(2),
+                        grad_output.size(3),
+                        grad_output.size(1),
+                        weight.size(1),
+                        weight.size(2),
+                        weight.size(3),
+                        input.size(2),
+                        input.size(3),
+                        kOnes,
+                        full,
+                        kOnes};
+  const auto algorithm = algorithm_of(grad_output, weight, shape, groups);
+  if (algorithm == ConvAlgorithm::kAten) return aten();
+  const auto y = empty_last(input.sizes(), input);
+  const auto wide = weight.to(at::kFloat);
+  if (!run(grad_output, turned(filters_of(wide)), std::nullopt, shape, algorithm, y)) return aten();
+  return as_asked(y);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& weight,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups,
+                                              std::array<bool, 2> output_mask) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const auto g = check_geometry(stride, padding, dilation, groups);
+  if (is_product(input, weight, g) && output_mask[0] && !output_mask[1]) {
+    const auto product = at::mm(as_matrix(grad_output).t(), as_matrix(input));
+    return {product.view(weight.sizes()), weight.new_empty({0})};
+  }
+  const bool widen = input.scalar_type() == at::kBFloat16 && !bfloat16_is_faster();
+  const auto dtype = widen ? at::kFloat : input.scalar_type();
+  const std::array<int64_t, 1> outputs{weight.size(0)};
+  const auto [_, grad_weight, grad_bias] = at::convolution_backward(
+      grad_output.to(dtype), input.to(dtype), weight.to(dtype), at::IntArrayRef(outputs), stride,
+      padding, dilation, /*transposed=*/false, {0, 0}, groups,
+      {false, output_mask[0], output_mask[1]});
+  const auto narrow = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(weight.scalar_type()) : weight.new_empty({0});
+  };
+  return {narrow(grad_weight), narrow(grad_bias)};
+}
+
+at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,
+                   const OptionalTensor& bias, int64_t stride, int64_t padding, int64_t dilation) {
+  using enum ConvAlgorithm;
+  const ConvGeometry g{{stride, stride}, {padding, padding}, {dilation, dilation}, 1};
+  const auto shape = shape_of(input, weight, g);
+  const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
+  const auto wide = weight.to(at::kFloat);
+  for (const auto a : {kDirect, kWinograd2, kWinograd4}) {
+    if (algorithm != name_of(a)) continue;
+    TORCH_CHECK_VALUE(a == kDirect || is_winograd_shape(shape),
+                      "algorithm: Winograd computes 3x3 filters of stride 1, not this convolution");
+    TORCH_CHECK(run(input, filters_of(wide), bias, shape, a, y), "input: a sum was not finite");
+    return y;
+  }
+  TORCH_CHECK_VALUE(false, "algorithm: expected direct, winograd2 or winograd4, got ", algorithm);
+}
+
+std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                           int64_t padding, int64_t dilation, bool training) {
+  const ConvGeometry g{{stride, stride}, {padding, padding}, {dilation, dilation}, 1};
+  const auto shape = shape_of(input, weight, g);
+  return name_of(choose_algorithm(shape, {conv_panel(), /*onednn=*/true, training}));
+}
+
+}  // namespace fastres::cpu

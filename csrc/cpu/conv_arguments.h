@@ -1,0 +1,33 @@
+// How the operators' arguments become what the convolution kernels are given.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "conv_shape.h"
+
+namespace fastres::cpu {
+
+struct ConvGeometry {
+  Pair stride, padding, dilation;
+  int64_t groups;
+
+  bool operator==(const ConvGeometry&) const = default;
+};
+
+ConvGeometry check_geometry(at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t groups);
+
+// A parameter of a convolution: on the CPU, in the dtype of input or that of its accumulators.
+void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& input);
+
+// (N, K, P, Q); throws where the filters reach beyond the padded input.
+std::array<int64_t, 4> output_size(const at::Tensor& input, const at::Tensor& weight,
+                                   const ConvGeometry& g);
+
+ConvShape shape_of(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& g);
+
+// t in channels_last, with the strides to show it: a tensor with one channel or one pixel is dense
+// in either format, and ATen takes its slow path unless the strides say channels_last.
+at::Tensor in_channels_last(const at::Tensor& t);
+
+}  // namespace fastres::cpu

@@ -1,0 +1,42 @@
+// The project's own convolutions. A call does one job: some rows of the output (pixels, or Winograd
+// tiles) for some panels of its channels, with `scratch` for what it packs.
+#pragma once
+
+#include "activations.h"
+#include "capability.h"
+#include "conv_shape.h"
+
+namespace fastres::cpu {
+
+template <typename T>
+struct DirectConvKernel {
+  int64_t panel;  // output channels
+  // Any geometry: the product of gathered pixels and filters.
+  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, Range panels,
+              float* scratch);
+};
+
+// 3x3 filters, stride 1, no dilation. False where a sum was not finite: transforms spread Inf and
+// NaN over a tile, so the direct kernel has to say what becomes of them.
+template <typename T>
+using WinogradJob = bool(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles,
+                         Range panels, float* scratch);
+
+template <typename T>
+struct WinogradKernels {
+  WinogradJob<T>*f2, *f4;  // F(2x2, 3x3) and F(4x4, 3x3)
+};
+
+// Writes the packed filters of some panels, see conv_pack.h.
+using PackJob = void(const FilterView& filters, Range panels, float* out);
+
+template <typename T>
+struct PackKernels {
+  PackJob *direct, *f2, *f4;
+};
+
+FASTRES_DECLARE_KERNELS(PackKernels, pack_kernels)
+FASTRES_DECLARE_KERNELS(DirectConvKernel, direct_conv_kernel)
+FASTRES_DECLARE_KERNELS(WinogradKernels, winograd_kernels)
+
+}  // namespace fastres::cpu

@@ -1,0 +1,49 @@
+#include "conv_pack.h"
+
+#include <ATen/Parallel.h>
+
+#include <utility>
+
+#include "conv_kernels.h"
+#include "conv_run.h"
+
+namespace fastres::cpu {
+
+FilterView filters_of(const at::Tensor& w) {
+  return {w.const_data_ptr<float>(),
+          w.size(0),
+          w.size(1),
+          w.size(2),
+          w.size(3),
+          w.stride(0),
+          w.stride(1),
+          w.stride(2),
+          w.stride(3)};
+}
+
+FilterView turned(FilterView f) {
+  f.data += (f.r - 1) * f.r_stride + (f.s - 1) * f.s_stride;
+  f.r_stride = -f.r_stride;
+  f.s_stride = -f.s_stride;
+  std::swap(f.k, f.c);
+  std::swap(f.k_stride, f.c_stride);
+  return f;
+}
+
+int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
+  const int64_t m = winograd_tile(algorithm);
+  const int64_t values = m == 0 ? round_up(filters.r * filters.s * filters.c, kChunk)
+                                : (m + 2) * (m + 2) * round_up(filters.c, kChunk);
+  return round_up(filters.k, conv_panel()) * values;
+}
+
+void pack_filters(const FilterView& filters, ConvAlgorithm algorithm, float* out) {
+  static const auto kernels = FASTRES_SELECT_KERNELS(pack_kernels, float);
+  PackJob* const pack = algorithm == ConvAlgorithm::kDirect      ? kernels.direct
+                        : algorithm == ConvAlgorithm::kWinograd2 ? kernels.f2
+                                                                 : kernels.f4;
+  at::parallel_for(0, ceil_div(filters.k, conv_panel()), 1,
+                   [&](int64_t begin, int64_t end) { pack(filters, {begin, end}, out); });
+}
+
+}  // namespace fastres::cpu

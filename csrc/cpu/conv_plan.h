@@ -1,0 +1,50 @@
+// Which algorithm computes a convolution, and in how large pieces.
+#pragma once
+
+#include "conv_shape.h"
+
+namespace fastres::cpu {
+
+// kAten and kOneDnn are the libraries'; the others are the project's own.
+enum class ConvAlgorithm { kAten, kOneDnn, kDirect, kWinograd2, kWinograd4 };
+
+constexpr bool is_own(ConvAlgorithm algorithm) { return algorithm >= ConvAlgorithm::kDirect; }
+
+// Output pixels a side of a tile; 0 for what is not Winograd.
+constexpr int64_t winograd_tile(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::kWinograd2   ? 2
+         : algorithm == ConvAlgorithm::kWinograd4 ? 4
+                                                  : 0;
+}
+
+const char* name_of(ConvAlgorithm algorithm);
+
+// 3x3 filters, stride 1, no dilation.
+bool is_winograd_shape(const ConvShape& shape);
+
+struct ConvChoice {
+  int64_t panel;  // output channels that are computed together
+  bool onednn;    // its convolutions are an alternative
+  bool pack;      // the filters have to be packed for this one call
+};
+
+// The fastest by a model of the work and of the traffic of weights.
+ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice);
+
+// A convolution in jobs: `rows` (pixels or tiles) in `blocks`, panels in `splits`.
+struct ConvJobs {
+  int64_t rows, blocks, panels, splits;
+
+  int64_t count() const { return blocks * splits; }
+  int64_t block_rows() const { return ceil_div(rows, blocks); }
+  Range rows_of(int64_t job) const { return part(rows, blocks, job / splits); }
+  Range panels_of(int64_t job) const { return part(panels, splits, job % splits); }
+
+  static Range part(int64_t total, int64_t parts, int64_t i) {
+    return {total * i / parts, total * (i + 1) / parts};
+  }
+};
+
+ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t panel, int64_t threads);
+
+}  // namespace fastres::cpu

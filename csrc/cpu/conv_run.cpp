@@ -1,0 +1,60 @@
+#include "conv_run.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <atomic>
+
+#include "conv_kernels.h"
+#include "memory.h"
+
+namespace fastres::cpu {
+namespace {
+
+int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, int64_t rows) {
+  const int64_t panel = conv_panel();
+  if (const int64_t m = winograd_tile(algorithm)) {
+    const int64_t positions = WinogradGrid(shape, m).positions();
+    return positions * (rows * (round_up(shape.c, kChunk) + panel) + 2 * kPositionSkew);
+  }
+  return (rows + 1) * round_up(shape.taps() * shape.c, kChunk) + kChunk;
+}
+
+}  // namespace
+
+int64_t conv_panel() {
+  static const int64_t panel = FASTRES_SELECT_KERNELS(direct_conv_kernel, float).panel;
+  return panel;
+}
+
+template <typename T>
+bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands) {
+  static const auto direct = FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
+  static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
+  const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
+  const int64_t values = scratch_values(shape, algorithm, jobs.block_rows());
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, jobs.count(), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch own;
+    float* const scratch = own.of_size(values);
+    for (int64_t job = begin; job < end; ++job) {
+      const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
+      if (algorithm == ConvAlgorithm::kDirect) {
+        direct.run(shape, operands, rows, panels, scratch);
+        continue;
+      }
+      const auto run = algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
+      if (!run(shape, operands, rows, panels, scratch)) {
+        finite.store(false, std::memory_order_relaxed);
+      }
+    }
+  });
+  return finite;
+}
+
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<float>&);
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::BFloat16>&);
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::Half>&);
+
+}  // namespace fastres::cpu

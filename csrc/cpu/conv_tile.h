@@ -1,0 +1,207 @@
+// The microkernel that all of the project's own convolutions end in: a register tile of rows
+// (pixels or Winograd tiles) times a panel of output channels. Included by *_kernel.cpp only.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+#include "conv_shape.h"
+
+// GCC keeps accumulators in registers only where everything that touches them is inlined.
+#define FASTRES_INLINED __attribute__((always_inline))
+#define FASTRES_INLINE inline FASTRES_INLINED
+
+namespace fastres::cpu::CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kVec = Vec::size();
+constexpr int64_t kPanel = 2 * kVec;  // output channels
+
+// Rows of the largest tile: two accumulators each, two registers for weights, one for the row.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+
+// Nested, not an array: GCC keeps the members of a structure in registers, but spills arrays.
+template <int kRows>
+struct Accumulators {
+  Accumulators<kRows - 1> above;
+  Vec left, right;
+
+  FASTRES_INLINE Accumulators(const Vec& l, const Vec& r) : above(l, r), left(l), right(r) {}
+
+  FASTRES_INLINE void add(const float* a, const Vec& b_left, const Vec& b_right) {
+    above.add(a, b_left, b_right);
+    const Vec x(a[(kRows - 1) * kChunk]);
+    left = at::vec::fmadd(x, b_left, left);
+    right = at::vec::fmadd(x, b_right, right);
+  }
+
+  template <typename F>
+  FASTRES_INLINE void for_each_row(const F& f) const {
+    above.for_each_row(f);
+    f(kRows - 1, left, right);
+  }
+};
+
+template <>
+struct Accumulators<0> {
+  FASTRES_INLINE Accumulators(const Vec&, const Vec&) {}
+  FASTRES_INLINE void add(const float*, const Vec&, const Vec&) {}
+
+  template <typename F>
+  FASTRES_INLINE void for_each_row(const F&) const {}
+};
+
+// Rows packed [chunk][row][16], from one chunk to the next `stride` values; weights [c][kPanel].
+struct Panels {
+  const float* rows;
+  int64_t stride;
+  const float* weight;
+  int64_t chunks;
+  const float* start;  // what the sums begin with, kPanel values
+
+  int64_t weights() const { return chunks * kChunk * kPanel; }
+};
+
+// Memory that will be needed soon, fetched into the second-level cache some lines at a time: what
+// waits for memory otherwise, the gathering of rows above all, has nothing else to do.
+class Prefetch {
+ public:
+  Prefetch() = default;
+
+  // All of [begin, end) in the course of so many steps.
+  template <typename T>
+  Prefetch(const T* begin, const T* end, int64_t steps)
+      : next_(reinterpret_cast<const char*>(begin)), end_(reinterpret_cast<const char*>(end)) {
+    step_ = ceil_div(ceil_div(end_ - next_, kLine), steps) * kLine;
+  }
+
+  FASTRES_INLINE void step() {
+    const char* const stop = std::min(next_ + step_, end_);
+    for (; next_ < stop; next_ += kLine) __builtin_prefetch(next_, /*write=*/0, /*locality=*/2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes
+
+  const char* next_ = nullptr;
+  const char* end_ = nullptr;
+  int64_t step_ = 0;
+};
+
+// The lines of one row's part of a panel, soon to be read or written.
+template <bool kWrite, typename T>
+FASTRES_INLINE void prefetch_panel(const T* p) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < kPanel; i += kLine) __builtin_prefetch(p + i, kWrite, /*locality=*/3);
+}
+
+// store(row, left, right) gets the two vectors of every row's sums. It is passed by value: what it
+// holds is in registers then.
+template <int kRows, typename Store>
+__attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& rows, Store store) {
+  Accumulators<kRows> sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
+  for (int64_t row = 0; row < kRows; ++row) store.prefetch(row);
+  const float* b = in.weight;
+  for (int64_t i = 0; i < in.chunks; ++i, in.rows += in.stride) {
+    weights.step();
+    rows.step();
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kChunk; ++j, b += kPanel) {
+      sums.add(in.rows + j, Vec::loadu(b), Vec::loadu(b + kVec));
+    }
+  }
+  sums.for_each_row(store);
+}
+
+template <int kRows = kTileRows, typename Store>
+inline void multiply_rows(int64_t count, const Panels& in, const Prefetch& weights, Prefetch& rows,
+                          const Store& store) {
+  if (count == kRows) {
+    multiply<kRows>(in, weights, rows, store);
+  } else if constexpr (kRows > 1) {
+    multiply_rows<kRows - 1>(count, in, weights, rows, store);
+  }
+}
+
+constexpr int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
+
+// `count` rows in tiles of nearly equal height; store(row, left, right) as above, its rows counted
+// from store.from(row) on. The weights that follow are taken to be the next, `rows` what comes
+// after these rows.
+template <typename Store>
+inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, const Store& store) {
+  const int64_t tiles = tiles_of(count);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = count * t / tiles, height = count * (t + 1) / tiles - first;
+    const float* const coming = in.weight + in.weights();
+    const Prefetch weights(coming + in.weights() * t / tiles,
+                           coming + in.weights() * (t + 1) / tiles, in.chunks);
+    Panels tile = in;
+    tile.rows += first * kChunk;
+    multiply_rows(height, tile, weights, rows, store.from(first));
+  }
+}
+
+// --- activations in memory: `count` values of T, computed with in fp32 ---
+
+template <typename T>
+FASTRES_INLINE Vec load_vec(const T* p, int64_t count = kVec) {
+  if constexpr (std::is_same_v<T, float>) {
+    return count >= kVec ? Vec::loadu(p) : Vec::loadu(p, count);
+  } else {  // the lower half of a register
+    using Raw = at::vec::Vectorized<T>;
+    return std::get<0>(at::vec::convert_to_float<T>(Raw::loadu(p, std::min(count, kVec))));
+  }
+}
+
+template <typename T>
+FASTRES_INLINE void store_vec(Vec v, T* p, int64_t count = kVec) {
+  if constexpr (std::is_same_v<T, float>) {
+    count >= kVec ? v.store(p) : v.store(p, static_cast<int>(count));
+  } else {
+    const auto raw = at::vec::convert_from_float<T>(v, Vec(0.0f));
+    raw.store(p, static_cast<int>(std::min(count, kVec)));
+  }
+}
+
+// What the sums of a panel begin with: the bias of its channels, zeros without one.
+struct Start {
+  alignas(64) float value[kPanel] = {};
+
+  Start(const float* bias, int64_t channel, int64_t channels) {
+    if (bias == nullptr) return;
+    std::copy_n(bias + channel, std::min(kPanel, channels - channel), value);
+  }
+};
+
+// Adds the residual and applies ReLU: NaN stays NaN.
+template <typename T>
+struct Finish {
+  const T* residual;  // may be null
+  float floor;        // 0 for ReLU, else -Inf
+
+  FASTRES_INLINE Vec operator()(Vec v, int64_t offset, int64_t count = kVec) const {
+    if (residual != nullptr) v = v + load_vec(residual + offset, count);
+    const Vec least(floor);
+    return Vec::blendv(v, least, v < least);
+  }
+};
+
+template <typename T>
+Finish<T> finish_of(const ConvOperands<T>& operands) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  return {operands.residual, operands.relu ? 0.0f : kNone};
+}
+
+}  // namespace fastres::cpu::CPU_CAPABILITY

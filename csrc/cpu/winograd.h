@@ -1,0 +1,73 @@
+// One-dimensional transforms of F(m, 3) for m = 2 and 4: y = D A^T ((G g) * (B^T d)), Lavin & Gray
+// 2016, with a diagonal D that the caller applies: y[i] is output()'s i-th result times kScale[i].
+#pragma once
+
+namespace fastres::cpu {
+
+template <int m>
+struct Winograd;
+
+// Interpolation points 0, 1, -1 and infinity.
+template <>
+struct Winograd<2> {
+  static constexpr double kFilter[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  static constexpr float kScale[2] = {1, 1};
+
+  template <typename V>
+  static inline void input(const V (&d)[4], V (&t)[4]) {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[3] - d[1];
+  }
+
+  template <typename V>
+  static inline void output(const V (&t)[4], V (&y)[2]) {
+    y[0] = t[0] + (t[1] + t[2]);
+    y[1] = (t[1] - t[2]) + t[3];
+  }
+};
+
+// Interpolation points 0, a, -a, 2a, -2a and infinity. The customary a = 1 loses a factor of four
+// in accuracy against a = 3/4, which balances the powers that the sums are weighted with; its
+// powers are exact in fp32.
+template <>
+struct Winograd<4> {
+  static constexpr double a = 0.75, b = 2 * a;
+  static constexpr double kNearNorm = 2 * a * a * (a * a - b * b);
+  static constexpr double kFarNorm = 2 * b * b * (b * b - a * a);
+  static constexpr double kFilter[6][3] = {{1 / (a * a * b * b), 0, 0},
+                                           {1 / kNearNorm, a / kNearNorm, a * a / kNearNorm},
+                                           {1 / kNearNorm, -a / kNearNorm, a * a / kNearNorm},
+                                           {1 / kFarNorm, b / kFarNorm, b * b / kFarNorm},
+                                           {1 / kFarNorm, -b / kFarNorm, b * b / kFarNorm},
+                                           {0, 0, 1 / (a * a * a)}};
+  static constexpr float kScale[4] = {1, a, a * a, a * a * a};
+
+  template <typename V>
+  static inline void input(const V (&d)[6], V (&t)[6]) {
+    constexpr float near = a * a, far = b * b;
+    const V minus_near(-near), minus_far(-far), product(near * far), minus_sum(-near - far);
+    const V even_near = fmadd(minus_far, d[2], d[4]), odd_near = fmadd(minus_far, d[1], d[3]);
+    const V even_far = fmadd(minus_near, d[2], d[4]), odd_far = fmadd(minus_near, d[1], d[3]);
+    t[0] = fmadd(product, d[0], fmadd(minus_sum, d[2], d[4]));
+    t[1] = fmadd(V(static_cast<float>(a)), odd_near, even_near);
+    t[2] = fmadd(V(static_cast<float>(-a)), odd_near, even_near);
+    t[3] = fmadd(V(static_cast<float>(b)), odd_far, even_far);
+    t[4] = fmadd(V(static_cast<float>(-b)), odd_far, even_far);
+    t[5] = fmadd(product, d[1], fmadd(minus_sum, d[3], d[5]));
+  }
+
+  template <typename V>
+  static inline void output(const V (&t)[6], V (&y)[4]) {
+    const V two(2.0f), four(4.0f), eight(8.0f);
+    const V near_sum = t[1] + t[2], near_difference = t[1] - t[2];
+    const V far_sum = t[3] + t[4], far_difference = t[3] - t[4];
+    y[0] = (t[0] + near_sum) + far_sum;
+    y[1] = fmadd(two, far_difference, near_difference);
+    y[2] = fmadd(four, far_sum, near_sum);
+    y[3] = fmadd(eight, far_difference, near_difference) + t[5];
+  }
+};
+
+}  // namespace fastres::cpu

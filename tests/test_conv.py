@@ -1,0 +1,200 @@
+"""The CPU backend's own convolutions: every algorithm, its choice, its gradients, its limits."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import UNITS, assert_close, spread
+
+import fastres
+from fastres import ops
+
+pytestmark = pytest.mark.skipif(
+    ops.extension is None or ops.extension.build_info()["cpu_capability"] == "DEFAULT",
+    reason="needs the compiled extension and a processor with AVX2",
+)
+
+# N, C, H, W, K, filter, stride, padding, dilation
+WINOGRAD_SHAPES = [
+    (2, 16, 14, 14, 64, 3, 1, 1, 1),
+    (1, 17, 9, 7, 33, 3, 1, 1, 1),  # tiles reach over every edge; channels fill no vector
+    (3, 1, 5, 11, 1, 3, 1, 0, 1),
+    (1, 40, 3, 3, 5, 3, 1, 1, 1),  # less than one tile
+    (1, 8, 6, 6, 70, 3, 1, 2, 1),
+    (1, 512, 7, 7, 32, 3, 1, 1, 1),
+]
+SHAPES = [
+    *WINOGRAD_SHAPES,
+    (2, 3, 13, 11, 5, 7, 2, 3, 1),
+    (1, 64, 7, 7, 48, 1, 1, 0, 1),
+    (3, 40, 15, 9, 35, 1, 2, 0, 1),
+    (2, 32, 12, 12, 40, 3, 2, 1, 1),
+    (1, 1, 1, 1, 2, 1, 1, 0, 1),
+    (2, 19, 11, 9, 7, 3, 1, 2, 2),  # dilated
+    (1, 5, 9, 9, 4, 5, 3, 2, 1),
+]
+CASES = [
+    *((shape, "direct") for shape in SHAPES),
+    *itertools.product(WINOGRAD_SHAPES, ("winograd2", "winograd4")),
+]
+
+
+def operands(shape, dtype=torch.float32, layout="channels_last"):
+    n, c, h, w, k, r, *_ = shape
+    input = spread((n, c, h, w), dtype, layout)
+    weight = spread((k, c, r, r), dtype, layout, std=(c * r * r) ** -0.5)
+    return input, weight, spread((1, k, 1, 1), dtype).flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, algorithm", CASES, ids=str)
+def test_algorithms_agree_with_eager(shape, algorithm, dtype):
+    input, weight, bias = operands(shape, dtype)
+    geometry = shape[6:]
+    ours = ops.extension.conv_by(algorithm, input, weight, bias, *geometry)
+    eager = F.conv2d(input, weight, bias, *geometry)
+    truth = F.conv2d(input.double(), weight.double(), bias.double(), *geometry)
+    assert_close(ours, eager, truth)
+
+
+def test_winograd_is_as_accurate_as_documented():
+    """On the deepest of ResNet's sums: twice what a direct sum loses, 4e-6 of the largest."""
+    input, weight, bias = operands((2, 512, 14, 14, 64, 3, 1, 1, 1))
+    truth = F.conv2d(input.double(), weight.double(), bias.double(), padding=1)
+    for algorithm in ("direct", "winograd2", "winograd4"):
+        ours = ops.extension.conv_by(algorithm, input, weight, bias, 1, 1, 1)
+        assert (ours - truth).abs().max() <= 4e-6 * truth.abs().max()
+
+
+def test_who_computes_what():
+    """Of ResNet-50's convolutions: Winograd has 3x3 at stride 1, the direct kernel 1x1, and oneDNN
+    the others. Deep filters on few pixels are read once for little work: there tiles are small."""
+
+    def chosen(n, c, size, k, r, stride=1, training=False):
+        x, w = torch.empty(n, c, size, size, device="meta"), torch.empty(k, c, r, r, device="meta")
+        return ops.extension.conv_algorithm(x, w, stride, r // 2, 1, training)
+
+    assert [chosen(8, 64, 56, 64, 3), chosen(8, 128, 28, 128, 3)] == ["winograd4"] * 2
+    assert chosen(1, 256, 14, 256, 3) == chosen(1, 512, 7, 512, 3) == "winograd2"
+    assert chosen(8, 256, 14, 256, 3) == "winograd4"
+    assert chosen(8, 64, 56, 256, 1) == chosen(1, 2048, 7, 512, 1) == "direct"
+    assert chosen(1, 3, 224, 64, 7, 2) == chosen(8, 128, 56, 128, 3, 2) == "onednn"
+    assert chosen(8, 512, 7, 512, 3, training=True) == "direct"  # packing costs too much
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_where_it_is(bad):
+    """A transform would spread it over a whole tile."""
+    input, weight, _ = operands((1, 16, 24, 24, 32, 3, 1, 1, 1))
+    input[0, 3, 11, 12] = bad
+    with pytest.raises(RuntimeError, match="not finite"):
+        ops.extension.conv_by("winograd4", input, weight, None, 1, 1, 1)
+    ours, eager = site(input, weight), F.conv2d(input, weight, padding=1).relu()
+    assert torch.equal(ours.isnan(), eager.isnan()) and torch.equal(ours.isinf(), eager.isinf())
+    torch.testing.assert_close(ours, eager, equal_nan=True, rtol=1e-4, atol=1e-4)
+    trained = ops.conv(input, weight, None, [1, 1], [1, 1], [1, 1], 1)
+    assert torch.equal(trained.isfinite(), F.conv2d(input, weight, padding=1).isfinite())
+
+
+def test_values_that_only_a_transform_overflows():
+    input, weight, _ = operands((1, 16, 24, 24, 32, 3, 1, 1, 1))
+    input *= 2e37 / input.abs().max()
+    eager = F.conv2d(input, weight, padding=1).relu()
+    assert eager.isfinite().all()
+    torch.testing.assert_close(site(input, weight) / 1e37, eager / 1e37, rtol=1e-4, atol=1e-4)
+
+
+def site(input, weight):
+    """``relu(conv2d(input, weight))`` as a fused site of eval."""
+    k = weight.shape[0]
+    statistics = (torch.zeros(k), torch.ones(k), None, None)
+    return ops.conv_bn_relu(
+        input, weight, None, None, *statistics, [1, 1], [1, 1], [1, 1], 1, 0.0, True
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 24, 5, 5, 9, 1, 1, 0, 1)], ids=str)
+def test_gradients_agree_with_eager(shape, dtype, layout):
+    input, weight, bias = operands(shape, dtype, layout)
+    stride, padding, dilation = ([value] * 2 for value in shape[6:])
+    geometry = (stride, padding, dilation, 1)
+    eager = F.conv2d(input, weight, bias, *geometry)
+    grad = spread(eager.shape, dtype, layout)
+
+    def everything(forward, backward):
+        return [forward, *backward]
+
+    def pytorch(*tensors):
+        grad, input, weight, bias = tensors
+        return everything(
+            F.conv2d(input, weight, bias, *geometry),
+            ops.conv_gradients(grad, input, weight, *geometry, [True] * 3),
+        )
+
+    ours = everything(
+        ops.conv(input, weight, bias, *geometry),
+        [
+            ops.conv_dgrad(grad, input, weight, *geometry),
+            *ops.conv_wgrad(grad, input, weight, *geometry, [True, True]),
+        ],
+    )
+    theirs = pytorch(grad, input, weight, bias)
+    truth = pytorch(*(t.double() for t in (grad, input, weight, bias)))
+    names = ("output", "grad of input", "grad of weight", "grad of bias")
+    for name, a, b, t in zip(names, ours, theirs, truth, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        # a gradient of the weight is one long sum, in another order than eager's
+        assert_close(a, b, t, name, scale=4 if "grad" in name else 1)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        expected = eager.is_contiguous(memory_format=memory_format)
+        assert ours[0].is_contiguous(memory_format=memory_format) or not expected
+
+
+def test_the_same_bits_again():
+    input, weight, bias = operands((2, 64, 28, 28, 64, 3, 1, 1, 1))
+    results = [ops.extension.conv_by("winograd4", input, weight, bias, 1, 1, 1) for _ in range(2)]
+    assert torch.equal(*results)
+
+
+def test_eight_callers_at_once():
+    input, weight, _ = operands((1, 48, 20, 20, 64, 3, 1, 1, 1))
+    expected = site(input, weight)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: site(input, weight), range(64)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_refusals():
+    input, weight, _ = operands((1, 4, 9, 9, 4, 3, 2, 1, 1))
+    with pytest.raises(ValueError, match="algorithm: expected direct"):
+        ops.extension.conv_by("fft", input, weight, None, 1, 1, 1)
+    with pytest.raises(ValueError, match="algorithm: Winograd computes"):
+        ops.extension.conv_by("winograd4", input, weight, None, 2, 1, 1)
+
+
+def test_conv_operators_pass_opcheck():
+    input, weight, bias = operands((2, 16, 8, 8, 16, 3, 1, 1, 1))
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    grad = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.conv, (input, weight, bias, *geometry))
+    torch.library.opcheck(ops.conv_dgrad, (grad, input, weight, *geometry))
+    torch.library.opcheck(ops.conv_wgrad, (grad, input, weight, *geometry, [True, True]))
+
+
+def test_double_backward():
+    input = torch.randn(1, 2, 5, 5, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(2, 2, 3, 3, dtype=torch.float32, requires_grad=True)
+    mean, var = torch.zeros(2), torch.ones(2)
+
+    def second(conv_bn):
+        out = conv_bn(input, weight, None, 1, 1, 1, 1, mean, var)
+        (first,) = torch.autograd.grad(out.square().sum(), input, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (input, weight))
+
+    ours, eager = second(fastres.functional.conv_bn), second(fastres.reference.conv_bn)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=UNITS[torch.float32] * 1e-5)
