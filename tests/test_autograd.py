@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres import functional, ops, reference, sites
+from fastres import autograd, functional, ops, reference, sites
 from fastres.arguments import conv_output_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -369,3 +369,15 @@ def test_autocast_with_a_residual_of_another_dtype():
                     eager = sites.conv_bn_act(x, conv, bn, F.relu, x)
             assert ours.dtype == eager.dtype == torch.float32
             torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_small_maps_are_left_to_eager(monkeypatch):
+    """A custom autograd function costs more than its kernel saves."""
+    monkeypatch.setattr(autograd, "SMALL", 100)
+    for elements, served in ((98, []), (112, ["add_relu", "add_relu_backward"])):
+        input = torch.randn(1, elements // 14, 2, 7, requires_grad=True)
+        with Calls() as calls:
+            output = fastres.functional.add_relu(input, input)
+            output.sum().backward()
+        assert calls.names == served
+        assert torch.equal(input.grad, 2.0 * (output > 0))

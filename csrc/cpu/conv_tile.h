@@ -106,14 +106,27 @@ FASTRES_INLINE void prefetch_panel(const T* p) {
   for (int64_t i = 0; i < kPanel; i += kLine) __builtin_prefetch(p + i, kWrite, /*locality=*/3);
 }
 
+// Chunks that are summed up in one go. Longer sums are sums of such sums: they lose less.
+constexpr int64_t kGroup = 16;
+
 // store(row, left, right) gets the two vectors of every row's sums. It is passed by value: what it
-// holds is in registers then.
+// holds is in registers then. `earlier` has room for the sums of a tile.
 template <int kRows, typename Store>
-__attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& rows, Store store) {
+__attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& rows, float* earlier,
+                                        Store store) {
   Accumulators<kRows> sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
   for (int64_t row = 0; row < kRows; ++row) store.prefetch(row);
   const float* b = in.weight;
   for (int64_t i = 0; i < in.chunks; ++i, in.rows += in.stride) {
+    if (i > 0 && i % kGroup == 0) {
+      sums.for_each_row([&](int64_t row, Vec left, Vec right) FASTRES_INLINED {
+        float* const sum = earlier + row * kPanel;
+        if (i > kGroup) left = left + Vec::loadu(sum), right = right + Vec::loadu(sum + kVec);
+        left.store(sum);
+        right.store(sum + kVec);
+      });
+      sums = Accumulators<kRows>(Vec(0.0f), Vec(0.0f));
+    }
     weights.step();
     rows.step();
 #pragma GCC unroll 4
@@ -121,16 +134,23 @@ __attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& r
       sums.add(in.rows + j, Vec::loadu(b), Vec::loadu(b + kVec));
     }
   }
-  sums.for_each_row(store);
+  if (in.chunks <= kGroup) {
+    sums.for_each_row(store);
+  } else {
+    sums.for_each_row([&](int64_t row, Vec left, Vec right) FASTRES_INLINED {
+      const float* const sum = earlier + row * kPanel;
+      store(row, left + Vec::loadu(sum), right + Vec::loadu(sum + kVec));
+    });
+  }
 }
 
 template <int kRows = kTileRows, typename Store>
 inline void multiply_rows(int64_t count, const Panels& in, const Prefetch& weights, Prefetch& rows,
-                          const Store& store) {
+                          float* earlier, const Store& store) {
   if (count == kRows) {
-    multiply<kRows>(in, weights, rows, store);
+    multiply<kRows>(in, weights, rows, earlier, store);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(count, in, weights, rows, store);
+    multiply_rows<kRows - 1>(count, in, weights, rows, earlier, store);
   }
 }
 
@@ -142,6 +162,7 @@ constexpr int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
 template <typename Store>
 inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, const Store& store) {
   const int64_t tiles = tiles_of(count);
+  alignas(64) float earlier[kTileRows * kPanel];
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, height = count * (t + 1) / tiles - first;
     const float* const coming = in.weight + in.weights();
@@ -149,7 +170,7 @@ inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, cons
                            coming + in.weights() * (t + 1) / tiles, in.chunks);
     Panels tile = in;
     tile.rows += first * kChunk;
-    multiply_rows(height, tile, weights, rows, store.from(first));
+    multiply_rows(height, tile, weights, rows, earlier, store.from(first));
   }
 }
 
