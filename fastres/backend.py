@@ -25,8 +25,9 @@ _COMPILED = {
     for operator in _OPERATORS
     if ops.has_kernel(operator, device)
 }
-# the backends that may serve a device, best first; each operator by the first that has it
-_BEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# The backends that "auto" takes for a device, best first; each operator by the first that has it.
+# None for GPUs yet: their kernels have been compiled and interpreted, but never measured on one.
+_BEST = {"cpu": ("cpu",), "cuda": ()}
 
 _requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 

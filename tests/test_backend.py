@@ -106,6 +106,8 @@ def test_each_operator_by_the_best_backend_that_has_it(monkeypatch):
     monkeypatch.setattr(backend_module, "_COMPILED", {("cuda", "add_relu"), ("cpu", "bn_relu")})
     monkeypatch.setattr(ops, "TRITON_FOUND", True)
     cuda = torch.device("cuda")
+    assert backend_module.serving("add_relu", cuda) == "eager", "measured on no GPU yet"
+    monkeypatch.setitem(backend_module._BEST, "cuda", ("cuda", "triton"))
     assert backend_module.serving("add_relu", cuda) == "cuda"
     assert backend_module.serving("bn_relu", cuda) == "triton"
     assert backend_module.serving("conv_bn_relu", cuda) == "triton"
