@@ -10,6 +10,8 @@
 #include <array>
 #include <optional>
 
+#include "checks.h"
+
 namespace fastres {
 namespace {
 
@@ -162,7 +164,7 @@ void require_no_graph(const Tensors&... tensors) {
 
 at::Tensor activation(py::handle input) {
   const auto& x = Plain::unpack(input.ptr());
-  require(x.dim() == 4 && x.numel() > 0);
+  require(x.dim() == 4 && x.numel() > 0 && is_supported_dtype(x.scalar_type()));
   require(!at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU));
   require(!c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer));  // torch.jit.trace
   return x;
@@ -251,6 +253,19 @@ py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::ha
     const py::gil_scoped_release no_gil;
     return std::get<0>(op.call(x, r, bn.running_mean, bn.running_var, bn.weight, bn.bias,
                                /*training=*/false, /*momentum=*/0, bn.eps, relu));
+  });
+}
+
+py::object add_relu(py::handle input, py::handle residual) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&);
+  static const auto op = find_operator<Signature>("fastres::add_relu");
+  return unless_unusual([&] {
+    const auto x = activation(input);
+    const auto r = residual_of(residual, x, x.sizes());
+    require(r.has_value());
+    require_no_graph(x, r);
+    const py::gil_scoped_release no_gil;
+    return op.call(x, *r);
   });
 }
 

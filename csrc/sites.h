@@ -14,4 +14,7 @@ pybind11::object conv_bn_act(pybind11::handle input, pybind11::handle conv, pybi
 pybind11::object bn_act(pybind11::handle input, pybind11::handle bn, pybind11::handle act,
                         pybind11::handle residual, pybind11::handle via);
 
+// relu(input + residual), likewise.
+pybind11::object add_relu(pybind11::handle input, pybind11::handle residual);
+
 }  // namespace fastres

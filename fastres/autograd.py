@@ -7,13 +7,9 @@ spelled in PyTorch's own differentiable operators.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-
-# Elements of an input below which a custom autograd function costs more than its kernel saves.
-SMALL = 16384
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
@@ -121,8 +117,6 @@ class Conv(torch.autograd.Function):
 
 
 def conv(input, weight, bias, geometry, backend) -> Tensor:
-    if input.numel() < SMALL:
-        return F.conv2d(input, weight, bias, *geometry)
     if needs_graph(input, weight, bias):
         return Conv.apply(input, weight, bias, geometry, backend)
     return ops.OPERATORS[backend].conv(input, weight, bias, *geometry)
@@ -130,8 +124,6 @@ def conv(input, weight, bias, geometry, backend) -> Tensor:
 
 def add_relu(input: Tensor, residual: Tensor, backend: str) -> Tensor:
     if needs_graph(input, residual):
-        if input.numel() < SMALL:
-            return reference.add_relu(input, residual)
         return AddReLU.apply(input, residual, backend)
     return ops.OPERATORS[backend].add_relu(input, residual)
 

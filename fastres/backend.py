@@ -160,8 +160,11 @@ def _has(name: str, operator: str, device_type: str) -> bool:
     return name == device_type and (name, operator) in _COMPILED
 
 
-def serves_cpu(operator: str) -> bool:
-    """Whether :func:`serving` would say "cpu" for a tensor there."""
+def extension_serves(operator: str) -> bool:
+    """Whether the extension's own functions may be called for a CPU tensor: they look at arguments
+    faster than Python does. A compiler is to see the operators."""
+    if ops.extension is None or torch.compiler.is_compiling():
+        return False
     if _requested not in ("auto", "cpu") or _is_transformed():
         return False
     return ("cpu", operator) in _COMPILED

@@ -12,17 +12,26 @@ number of dimensions and for a single value per channel in training, ``RuntimeEr
 devices or geometry that do not fit and for missing running statistics in eval.
 """
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, checks, ops, reference
 from .arguments import compute_dtype, pair, resolve_padding
-from .backend import serving
+from .backend import extension_serves, serving
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     """``relu(input + residual)``: the end of every residual block (He et al. 2015, section 3.1)."""
+    if not torch.is_grad_enabled() and extension_serves("add_relu"):
+        output = ops.extension.add_relu(input, residual)
+        if output is not None:
+            return output
+    if _is_small(input, residual, (input, residual)):
+        with suppress(Exception):  # raised again below, in the caller's words
+            return reference.add_relu(input, residual)
     return _serve(
         "add_relu",
         input,
@@ -111,24 +120,28 @@ def batch_norm(
     """``act(batch_norm(input) + residual)``: what :func:`bn_relu`, :func:`bn_add_relu` and the
     training form of the convolutions share. ``residual`` may be None, ``relu`` False."""
 
-    def eager() -> Tensor:
-        output = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-        return _add_act(output, residual, relu)
-
+    arguments = (
+        input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
+    )  # fmt: skip
+    if _is_small(input, residual, (input, residual, weight, bias)):
+        with suppress(Exception):
+            return _eager_batch_norm(*arguments)
     return _serve(
         "bn_relu",
         input,
-        lambda backend: autograd.bn_relu(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
-            backend,
-        ),
+        lambda backend: autograd.bn_relu(*arguments, backend),
         lambda: checks.bn_relu(
             input, residual, running_mean, running_var, weight, bias, training, eps
         ),
-        eager,
-    )  # fmt: skip
+        lambda: _eager_batch_norm(*arguments),
+    )
+
+
+def _eager_batch_norm(
+    input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+) -> Tensor:
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _add_act(output, residual, relu)
 
 
 def _conv_bn(
@@ -141,18 +154,21 @@ def _conv_bn(
             stride, padding, dilation, groups, training, eps,
         )  # fmt: skip
 
-    def two_steps(backend: str = "eager") -> Tensor:
-        check()
-        output = _conv(backend, input, weight, bias, stride, padding, dilation, groups)
-        return batch_norm(
-            output, residual, running_mean, running_var, bn_weight, bn_bias,
-            training, momentum, eps, relu,
-        )  # fmt: skip
+    bn = (residual, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu)
+    graph = (input, residual, weight, bias, bn_weight, bn_bias)
+    if residual is None and _is_small(input, None, graph):
+        with suppress(Exception):
+            output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            return _eager_batch_norm(output, *bn)
 
-    def folded(backend: str) -> Tensor:
+    def two_steps(backend: str = "eager") -> Tensor:
+        output = _conv(backend, input, weight, bias, stride, padding, dilation, groups)
+        return batch_norm(output, *bn)
+
+    def served(backend: str) -> Tensor:
         operator = ops.OPERATORS[backend].conv_bn_relu
-        recorded = autograd.needs_graph(input, residual, weight, bias, bn_weight, bn_bias)
-        if training or operator is None or recorded:
+        if training or operator is None or autograd.needs_graph(*graph):
+            check()
             return two_steps(backend)
         dtype = compute_dtype(input)
         alike = input.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)
@@ -163,7 +179,7 @@ def _conv_bn(
             stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps, relu,
         )  # fmt: skip
 
-    return _serve("conv_bn_relu", input, folded, check, two_steps)
+    return _serve("conv_bn_relu", input, served, check, two_steps)
 
 
 def _conv(
@@ -186,6 +202,7 @@ def _conv(
 
 
 _OWN_CONV_DTYPES = (torch.float32, torch.bfloat16)
+_SMALL = 16384  # elements
 
 
 def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
@@ -205,6 +222,17 @@ def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
         return eager()
     check()
     raise refusal
+
+
+def _is_small(input: Tensor, residual: Tensor | None, graph: tuple) -> bool:
+    """Whether autograd records the call on a map so small that a custom function costs more than
+    its kernels save: there PyTorch's own operators serve. They take what :mod:`fastres.checks`
+    refuses, other dtypes and dimensions or a residual that broadcasts; such a call is not small."""
+    if not isinstance(input, Tensor) or input.numel() >= _SMALL or input.dim() != 4:
+        return False
+    if not input.is_floating_point() or not autograd.needs_graph(*graph):
+        return False
+    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
 
 
 def _add_act(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

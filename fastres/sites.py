@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 
 from . import functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
-from .backend import serves_cpu
+from .backend import extension_serves
 
 Act = nn.Module | Callable[[Tensor], Tensor] | None
 
@@ -42,7 +42,7 @@ def bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(input) + residual)``; ``via`` are identity modules behind ``bn``."""
-    if _extension_serves("bn_relu"):
+    if extension_serves("bn_relu"):
         output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
@@ -69,15 +69,9 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
 def conv_bn_act_in_eval(input, conv, bn, act, residual, via) -> Tensor | None:
     """:func:`conv_bn_act` by the extension, which looks at plain modules in eval faster than Python
     does; None for anything else. See ``csrc/sites.h``."""
-    if _extension_serves("conv_bn_relu"):
+    if extension_serves("conv_bn_relu"):
         return ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
     return None
-
-
-def _extension_serves(operator: str) -> bool:
-    if ops.extension is None or torch.compiler.is_compiling():
-        return False
-    return serves_cpu(operator)
 
 
 # --- which modules a fused call may stand for ----------------------------------------------------

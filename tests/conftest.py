@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import autograd, ops
+from fastres import functional, ops
 
 # fastres.backend the module: the attribute of that name is the context manager
 backend_module = sys.modules["fastres.backend"]
@@ -69,7 +69,7 @@ def implementation(request):
 @pytest.fixture(autouse=True)
 def small_is_not_eager(monkeypatch):
     """Small tensors go through the custom autograd functions too: the tests' are small."""
-    monkeypatch.setattr(autograd, "SMALL", 0)
+    monkeypatch.setattr(functional, "_SMALL", 0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres import autograd, functional, ops, reference, sites
+from fastres import functional, ops, reference, sites
 from fastres.arguments import conv_output_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -373,7 +373,7 @@ def test_autocast_with_a_residual_of_another_dtype():
 
 def test_small_maps_are_left_to_eager(monkeypatch):
     """A custom autograd function costs more than its kernel saves."""
-    monkeypatch.setattr(autograd, "SMALL", 100)
+    monkeypatch.setattr(functional, "_SMALL", 100)
     for elements, served in ((98, []), (112, ["add_relu", "add_relu_backward"])):
         input = torch.randn(1, elements // 14, 2, 7, requires_grad=True)
         with Calls() as calls:

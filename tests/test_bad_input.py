@@ -305,3 +305,30 @@ def test_convolution_of_anything(data):
     if how["padding"] == "same" and any(k % 2 == 0 for k in kernel):
         how["padding"] = 1  # eager pads one side more there: documented as not covered
     compare(variant, operands, how)
+
+
+SMALL_AND_WRONG = {
+    "broadcast": (lambda x: functional.add_relu(x, x[:, :1]), RuntimeError),
+    "promotion": (lambda x: functional.add_relu(x, x.double()), TypeError),
+    "int": (lambda x: functional.add_relu(x.int(), x), TypeError),
+    "3-D": (lambda x: functional.add_relu(x[0], x[0]), ValueError),
+    "bn 3-D": (lambda x: functional.bn_relu(x[0], None, None, training=True), ValueError),
+    "bn broadcast": (
+        lambda x: functional.bn_add_relu(x, x[:, :1], None, None, training=True), RuntimeError,
+    ),
+    "conv 3-D": (
+        lambda x: functional.conv_bn_relu(x[0], torch.ones(2, 3, 1, 1), training=True), ValueError,
+    ),
+    "conv broadcast": (
+        lambda x: functional.conv_bn_add_relu(x, x[:1], torch.ones(3, 3, 1, 1), training=True),
+        RuntimeError,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL_AND_WRONG)
+def test_small_maps_that_eager_would_serve_are_refused_too(name, monkeypatch):
+    monkeypatch.setattr(functional, "_SMALL", 16384)
+    call, error = SMALL_AND_WRONG[name]
+    with pytest.raises(error, match="input|residual"):
+        call(torch.randn(2, 3, 5, 7, requires_grad=True))

@@ -1,4 +1,5 @@
-// The convolutions of training: ATen's, but for those that Winograd's kernels do faster.
+// The convolutions of training, each by what does it fastest: the project's own kernels, a product
+// of matrices, or ATen's convolution (oneDNN's).
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
@@ -6,6 +7,7 @@
 #include <ATen/ops/mm.h>
 
 #include <string>
+#include <utility>
 
 #include "../checks.h"
 #include "capability.h"
@@ -98,7 +100,10 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const Optiona
   const auto aten = [&] {
     return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
   };
-  if (input.dim() != 4 || weight.dim() != 4 || input.size(1) != weight.size(1)) return aten();
+  if (input.dim() != 4 || weight.dim() != 4 || input.size(1) != weight.size(1) ||
+      (given(bias) && bias->sizes() != weight.sizes().slice(0, 1))) {
+    return aten();  // grouped, or refused
+  }
   const auto geometry = check_geometry(stride, padding, dilation, groups);
   const bool last = output_format(input) == at::MemoryFormat::ChannelsLast ||
                     output_format(weight) == at::MemoryFormat::ChannelsLast;
@@ -126,6 +131,9 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
                                                 groups, {true, false, false}));
   };
   const auto g = check_geometry(stride, padding, dilation, groups);
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_size(input, weight, g)),
+              "grad_output: expected the shape of the convolution's output, got ",
+              grad_output.sizes());
   const auto as_asked = [&](const at::Tensor& y) {
     return output_format(input) == at::MemoryFormat::ChannelsLast ? y : y.contiguous();
   };
@@ -135,21 +143,16 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
   }
   constexpr Pair kOnes{1, 1};
   const Pair full{weight.size(2) - 1 - g.padding[0], weight.size(3) - 1 - g.padding[1]};
-  if (g.stride != kOnes || g.dilation != kOnes || full[0] < 0 || full[1] < 0) return aten();
+  if (g.stride != kOnes || g.dilation != kOnes || g.groups != 1 || full[0] < 0 || full[1] < 0) {
+    return aten();
+  }
   // The same convolution from the output to the input: its filters are turned, its padding is what
   // was missing from a full one.
-  const ConvShape shape{grad_output.size(0),
-                        grad_output.size(2),
-                        grad_output.size(3),
-                        grad_output.size(1),
-                        weight.size(1),
-                        weight.size(2),
-                        weight.size(3),
-                        input.size(2),
-                        input.size(3),
-                        kOnes,
-                        full,
-                        kOnes};
+  auto shape = shape_of(input, weight, g);
+  std::swap(shape.h, shape.p);
+  std::swap(shape.w, shape.q);
+  std::swap(shape.c, shape.k);
+  shape.padding = full;
   const auto algorithm = algorithm_of(grad_output, weight, shape, groups);
   if (algorithm == ConvAlgorithm::kAten) return aten();
   const auto y = empty_last(input.sizes(), input);

@@ -10,16 +10,16 @@ namespace {
 // Packed rows of a block: they share the second-level cache with the panel that they meet.
 constexpr int64_t kBlockValues = 256 * 1024;
 constexpr int64_t kBlockRows = 112;
+constexpr int64_t kBlockTiles = 56;  // their sums are as many again
 // Rows below which another split of the channels serves better than another block.
 constexpr int64_t kLeastRows = 28;
 
-// A core's cycles, for comparing one algorithm with another. Measured on Sapphire Rapids with
-// AVX-512; other processors scale all of them alike.
+// A core's cycles, for comparing one algorithm with another. Measured on a Xeon of the Sapphire
+// Rapids family; with narrower vectors all of them take longer alike.
 constexpr double kMultiplyAdds = 32;       // a cycle
 constexpr double kBytes = 7;               // a cycle, of weights that are in no cache of the core
 constexpr double kTransformCycles = 0.25;  // a value of a transformed tile, in or out
-
-constexpr double kPackCycles = 3;  // a value of Winograd's filters
+constexpr double kPackCycles = 3;          // a value of Winograd's filters
 
 struct Work {
   int64_t rows, depth, positions;  // of the product: positions x (rows x depth x K)
@@ -83,8 +83,9 @@ ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t pane
                    int64_t threads) {
   const auto work = work_of(shape, algorithm);
   const int64_t panels = ceil_div(shape.k, panel);
+  const int64_t most_rows = winograd_tile(algorithm) == 0 ? kBlockRows : kBlockTiles;
   const int64_t most =
-      std::clamp(kBlockValues / (work.depth * work.positions), int64_t{14}, kBlockRows);
+      std::clamp(kBlockValues / (work.depth * work.positions), int64_t{14}, most_rows);
   int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));
   if (blocks > threads) blocks = std::min(round_up(blocks, threads), work.rows);
   blocks = std::max(blocks, int64_t{1});
