@@ -22,6 +22,10 @@ from . import autograd, checks, ops, reference
 from .arguments import compute_dtype, pair, resolve_padding
 from .backend import extension_serves, serving
 
+# What a call raises that refuses its arguments, before it has changed anything. A checkpoint that
+# recomputes stops it with others, after batch norm has counted the batch.
+REFUSED = (TypeError, ValueError, RuntimeError)
+
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     """``relu(input + residual)``: the end of every residual block (He et al. 2015, section 3.1)."""
@@ -30,7 +34,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         if output is not None:
             return output
     if _is_small(input, residual, (input, residual)):
-        with suppress(Exception):  # raised again below, in the caller's words
+        with suppress(*REFUSED):  # raised again below, in the caller's words
             return reference.add_relu(input, residual)
     return _serve(
         "add_relu",
@@ -124,7 +128,7 @@ def batch_norm(
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
     )  # fmt: skip
     if _is_small(input, residual, (input, residual, weight, bias)):
-        with suppress(Exception):
+        with suppress(*REFUSED):
             return _eager_batch_norm(*arguments)
     return _serve(
         "bn_relu",
@@ -157,7 +161,7 @@ def _conv_bn(
     bn = (residual, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu)
     graph = (input, residual, weight, bias, bn_weight, bn_bias)
     if residual is None and _is_small(input, None, graph):
-        with suppress(Exception):
+        with suppress(*REFUSED):
             output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
             return _eager_batch_norm(output, *bn)
 

@@ -203,7 +203,7 @@ def _conv_bn(input, conv, bn, residual, relu) -> Tensor:
             *operands, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
             running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps,
         )  # fmt: skip
-    except _REFUSED:
+    except functional.REFUSED:
         _uncount(batches)
         raise
 
@@ -216,7 +216,7 @@ def _bn(input, bn, residual, relu) -> Tensor:
             input, residual, running_mean, running_var, bn.weight, bn.bias,
             training, momentum, bn.eps, relu,
         )  # fmt: skip
-    except _REFUSED:
+    except functional.REFUSED:
         _uncount(batches)
         raise
 
@@ -233,10 +233,6 @@ def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, floa
         counted = bn.training and bn.num_batches_tracked is not None
         momentum = 1.0 / float(bn.num_batches_tracked + 1) if counted else 0.0
     return bn.running_mean, bn.running_var, training, momentum
-
-
-# what a call raises that refuses its arguments; a checkpoint that recomputes stops it with others
-_REFUSED = (TypeError, ValueError, RuntimeError)
 
 
 def _count_batch(bn: nn.Module) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres import ops, sites
+from fastres import functional, ops, sites
 
 
 def modules(**bn_options):
@@ -428,8 +428,10 @@ def test_asking_for_eager_is_heard(extension):
 # --- what a site leaves behind --------------------------------------------------------------------
 
 
-def test_a_recomputed_batch_is_counted_as_in_eager():
+@pytest.mark.parametrize("small", [0, 16384], ids=["kernels", "small"])
+def test_a_recomputed_batch_is_counted_as_in_eager(small, monkeypatch):
     """A checkpoint recomputes up to the last tensor that was saved, and no further."""
+    monkeypatch.setattr(functional, "_SMALL", small)
     results, site = [], modules()
     for call in (one_by_one, sites.conv_bn_act):
         conv, bn, act = copy.deepcopy(site)
