@@ -232,6 +232,8 @@ def _is_small(input: Tensor, residual: Tensor | None, graph: tuple) -> bool:
     """Whether autograd records the call on a map so small that a custom function costs more than
     its kernels save: there PyTorch's own operators serve. They take what :mod:`fastres.checks`
     refuses, other dtypes and dimensions or a residual that broadcasts; such a call is not small."""
+    if torch.compiler.is_compiling():  # which has no such cost
+        return False
     if not isinstance(input, Tensor) or input.numel() >= _SMALL or input.dim() != 4:
         return False
     if not input.is_floating_point() or not autograd.needs_graph(*graph):
