@@ -29,6 +29,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) 
         request.infer()
         return torch.from_numpy(request.get_output_tensor().data)
 
+    run.input = array  # OpenVINO reads it where it lies, without a reference to it
     return run
 
 
