@@ -27,8 +27,12 @@ X86_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+# The same once more, for a few kernels, with the products of bfloat16.
+X86_FLAGS["AVX512_BF16"] = [*X86_FLAGS["AVX512"], "-mavx512bf16", "-DCPU_CAPABILITY_AVX512"]
+X86_KERNELS = {"AVX512_BF16": ["csrc/cpu/conv_direct_kernel.cpp"]}
 # GCC 12 sees uninitialised values in its own AVX-512 header (GCC bug 105593).
-X86_FLAGS["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+for isa in ("AVX512", "AVX512_BF16"):
+    X86_FLAGS[isa] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 
@@ -186,7 +190,7 @@ def make_build_ext(torch):
             for isa, flags in isas.items():
                 print(f"fastres: CPU kernels for {isa}", flush=True)
                 ext.extra_objects += self.compiler.compile(
-                    kernels,
+                    X86_KERNELS.get(isa, kernels),
                     output_dir=str(Path(self.build_temp) / isa),
                     include_dirs=ext.include_dirs,
                     extra_postargs=ext.extra_compile_args

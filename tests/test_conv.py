@@ -59,6 +59,38 @@ def test_algorithms_agree_with_eager(shape, algorithm, dtype):
     assert_close(ours, eager, truth)
 
 
+def gains_by_bfloat16() -> bool:
+    x, w = torch.empty(1, 32, 8, 8, dtype=torch.bfloat16), torch.empty(8, 32, 1, 1)
+    return ops.extension.conv_algorithm(x, w, 1, 0, 1, False) == "direct_bf16"
+
+
+EVEN_SHAPES = [
+    (2, 64, 13, 11, 70, 1, 1, 0, 1),  # whole chunks of 32 channels
+    (1, 96, 9, 9, 33, 3, 2, 1, 1),
+    (3, 40, 15, 9, 35, 1, 2, 0, 1),  # a chunk that is not full
+    (2, 6, 13, 11, 5, 7, 2, 3, 1),
+    (1, 2, 5, 5, 4, 3, 1, 2, 2),
+    (1, 1024, 7, 7, 40, 1, 1, 0, 1),  # a sum of sums
+]
+
+
+@pytest.mark.skipif("not gains_by_bfloat16()", reason="products of bfloat16 gain nothing here")
+@pytest.mark.parametrize("shape", EVEN_SHAPES, ids=str)
+def test_products_of_bfloat16_agree_with_eager(shape):
+    input, weight, bias = operands(shape, torch.bfloat16)
+    geometry = shape[6:]
+    ours = ops.extension.conv_by("direct_bf16", input, weight, bias, *geometry)
+    eager = F.conv2d(input, weight, bias, *geometry)
+    truth = F.conv2d(input.double(), weight.double(), bias.double(), *geometry)
+    assert_close(ours, eager, truth)
+
+
+def test_products_of_bfloat16_are_refused_where_there_are_none():
+    input, weight, _ = operands((1, 3, 9, 9, 4, 3, 2, 1, 1), torch.bfloat16)
+    with pytest.raises(ValueError, match="algorithm: direct_bf16 needs"):
+        ops.extension.conv_by("direct_bf16", input, weight, None, 2, 1, 1)
+
+
 def test_winograd_is_as_accurate_as_documented():
     """On the deepest of ResNet's sums: twice what a direct sum loses, 4e-6 of the largest."""
     input, weight, bias = operands((2, 512, 14, 14, 64, 3, 1, 1, 1))

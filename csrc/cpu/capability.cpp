@@ -16,13 +16,19 @@ Capability capability() {
   return chosen;
 }
 
-bool bfloat16_is_faster() {
+Bfloat16Unit bfloat16_unit() {
 #if defined(FASTRES_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("amx-bf16")) return true;
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+  static const Bfloat16Unit found = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("amx-bf16")) return Bfloat16Unit::kMatrix;
+    if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512bf16")) {
+      return Bfloat16Unit::kNone;
+    }
+    return capability() == Capability::kAvx512 ? Bfloat16Unit::kVector : Bfloat16Unit::kMatrix;
+  }();
+  return found;
 #else
-  return true;  // unknown: what the libraries do is taken to be best
+  return Bfloat16Unit::kMatrix;
 #endif
 }
 

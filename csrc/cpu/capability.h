@@ -12,10 +12,14 @@ enum class Capability { kDefault, kAvx2, kAvx512 };
 // The best set that was compiled and that ATen would choose too (ATEN_CPU_CAPABILITY included).
 Capability capability();
 
-// Whether a product of bfloat16 vectors takes half the time of a float32 one. It does where there
-// are matrix units (AMX), and on AMD's processors since Zen 4; Intel's AVX-512 instructions for it
-// do their work at float32's rate.
-bool bfloat16_is_faster();
+// What multiplies bfloat16 values faster than float32 ones.
+enum class Bfloat16Unit {
+  kNone,    // nothing: Intel's AVX-512 instructions for it do their work at float32's rate
+  kVector,  // AVX-512 at twice float32's rate: AMD's processors since Zen 4
+  kMatrix,  // AMX, or what only the libraries know of
+};
+
+Bfloat16Unit bfloat16_unit();
 
 std::string capability_name();
 std::vector<std::string> compiled_capabilities();

@@ -39,12 +39,14 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (groups != 1 || dtype != weight.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
     return kAten;
   }
-  if (dtype == at::kBFloat16 && !bfloat16_is_faster()) {
-    const auto algorithm = choose_algorithm(shape, {conv_panel(), /*onednn=*/false, /*pack=*/true});
+  if (dtype == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone) {
+    const auto algorithm =
+        choose_algorithm(shape, {conv_panel(), /*onednn=*/false, /*pack=*/true, /*bf16=*/false});
     return is_own(algorithm) ? algorithm : kAten;
   }
   if (dtype != at::kFloat) return kAten;
-  const auto algorithm = choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true});
+  const auto algorithm =
+      choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, /*bf16=*/false});
   return winograd_tile(algorithm) == 0 ? kAten : algorithm;
 }
 
@@ -172,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
     const auto product = at::mm(as_matrix(grad_output).t(), as_matrix(input));
     return {product.view(weight.sizes()), weight.new_empty({0})};
   }
-  const bool widen = input.scalar_type() == at::kBFloat16 && !bfloat16_is_faster();
+  const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
   const auto dtype = widen ? at::kFloat : input.scalar_type();
   const std::array<int64_t, 1> outputs{weight.size(0)};
   const auto [_, grad_weight, grad_bias] = at::convolution_backward(
@@ -192,21 +194,29 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
   const auto shape = shape_of(input, weight, g);
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  for (const auto a : {kDirect, kWinograd2, kWinograd4}) {
+  for (const auto a : {kDirect, kDirectBf16, kWinograd2, kWinograd4}) {
     if (algorithm != name_of(a)) continue;
-    TORCH_CHECK_VALUE(a == kDirect || is_winograd_shape(shape),
+    TORCH_CHECK_VALUE(winograd_tile(a) == 0 || is_winograd_shape(shape),
                       "algorithm: Winograd computes 3x3 filters of stride 1, not this convolution");
+    TORCH_CHECK_VALUE(
+        a != kDirectBf16 || (bfloat16_unit() == Bfloat16Unit::kVector &&
+                             input.scalar_type() == at::kBFloat16 && shape.c % 2 == 0),
+        "algorithm: direct_bf16 needs bfloat16 activations, an even number of ",
+        "channels and a processor that gains by it");
     TORCH_CHECK(run(input, filters_of(wide), bias, shape, a, y), "input: a sum was not finite");
     return y;
   }
-  TORCH_CHECK_VALUE(false, "algorithm: expected direct, winograd2 or winograd4, got ", algorithm);
+  TORCH_CHECK_VALUE(false, "algorithm: expected direct, direct_bf16, winograd2 or winograd4, got ",
+                    algorithm);
 }
 
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                            int64_t padding, int64_t dilation, bool training) {
   const ConvGeometry g{{stride, stride}, {padding, padding}, {dilation, dilation}, 1};
   const auto shape = shape_of(input, weight, g);
-  return name_of(choose_algorithm(shape, {conv_panel(), /*onednn=*/true, training}));
+  return name_of(choose_algorithm(shape, {conv_panel(), /*onednn=*/true, training,
+                                          /*bf16=*/input.scalar_type() == at::kBFloat16 &&
+                                              bfloat16_unit() == Bfloat16Unit::kVector}));
 }
 
 }  // namespace fastres::cpu

@@ -128,11 +128,12 @@ ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const
   if (g.groups != 1 || x.numel() == 0 || dtype == at::kDouble) return ConvAlgorithm::kOneDnn;
   bool onednn = onednn_serves(dtype);
   if (dtype == at::kHalf && onednn) return ConvAlgorithm::kOneDnn;
-  if (dtype == at::kBFloat16 && onednn) {
-    if (bfloat16_is_faster()) return ConvAlgorithm::kOneDnn;
-    onednn = false;  // its float32 and ours are ahead of its bfloat16
-  }
-  return choose_algorithm(shape_of(x, weight, g), {conv_panel(), onednn, /*pack=*/false});
+  const auto unit = dtype == at::kBFloat16 ? bfloat16_unit() : Bfloat16Unit::kNone;
+  if (unit == Bfloat16Unit::kMatrix && onednn) return ConvAlgorithm::kOneDnn;
+  // Without a unit, its float32 and ours are ahead of its bfloat16.
+  if (dtype == at::kBFloat16 && unit == Bfloat16Unit::kNone) onednn = false;
+  return choose_algorithm(shape_of(x, weight, g), {conv_panel(), onednn, /*pack=*/false,
+                                                   /*bf16=*/unit == Bfloat16Unit::kVector});
 }
 
 template <typename T>

@@ -157,14 +157,13 @@ struct ToOutput {
   }
 };
 
-template <typename T>
-void run(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, Range panels,
-         float* scratch) {
-  const auto gather = shape.c % kChunk == 0 ? &gather_chunks<T> : &gather_values<T>;
-  gather(shape, operands.input, pixels, scratch);
+template <typename In, typename T>
+void run_on(const In* input, const ConvShape& shape, const ConvOperands<T>& operands, Range pixels,
+            Range panels, float* scratch) {
+  const auto gather = shape.c % kChunk == 0 ? &gather_chunks<In> : &gather_values<In>;
+  gather(shape, input, pixels, scratch);
   const int64_t chunks = ceil_div(shape.taps() * shape.c, kChunk), count = pixels.size();
-  auto coming =
-      prefetch_pixels(shape, operands.input, pixels, panels.size() * tiles_of(count) * chunks);
+  auto coming = prefetch_pixels(shape, input, pixels, panels.size() * tiles_of(count) * chunks);
   const auto finish = finish_of(operands);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const int64_t channel = panel * kPanel, lanes = shape.k - channel;
@@ -182,6 +181,18 @@ void run(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, 
   }
 }
 
+template <typename T>
+void run(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, Range panels,
+         float* scratch) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  // A pair of channels is gathered as the float32 value that would lie there.
+  run_on(reinterpret_cast<const float*>(operands.input), in_pairs(shape), operands, pixels, panels,
+         scratch);
+#else
+  run_on(operands.input, shape, operands, pixels, panels, scratch);
+#endif
+}
+
 }  // namespace
 
 template <typename T>
@@ -189,8 +200,10 @@ DirectConvKernel<T> direct_conv_kernel() {
   return {kPanel, &run<T>};
 }
 
+#if !defined(CPU_CAPABILITY_AVX512_BF16)
 template DirectConvKernel<float> direct_conv_kernel<float>();
-template DirectConvKernel<c10::BFloat16> direct_conv_kernel<c10::BFloat16>();
 template DirectConvKernel<c10::Half> direct_conv_kernel<c10::Half>();
+#endif
+template DirectConvKernel<c10::BFloat16> direct_conv_kernel<c10::BFloat16>();
 
 }  // namespace fastres::cpu::CPU_CAPABILITY

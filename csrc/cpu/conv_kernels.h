@@ -32,11 +32,19 @@ using PackJob = void(const FilterView& filters, Range panels, float* out);
 
 template <typename T>
 struct PackKernels {
-  PackJob *direct, *f2, *f4;
+  PackJob *direct, *direct_bf16, *f2, *f4;
 };
 
 FASTRES_DECLARE_KERNELS(PackKernels, pack_kernels)
 FASTRES_DECLARE_KERNELS(DirectConvKernel, direct_conv_kernel)
 FASTRES_DECLARE_KERNELS(WinogradKernels, winograd_kernels)
+
+#if defined(FASTRES_X86)
+// Products of bfloat16: kDirectBf16, for shapes with an even number of channels.
+namespace AVX512_BF16 {
+template <typename T>
+DirectConvKernel<T> direct_conv_kernel();
+}
+#endif
 
 }  // namespace fastres::cpu

@@ -32,16 +32,18 @@ FilterView turned(FilterView f) {
 
 int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
   const int64_t m = winograd_tile(algorithm);
-  const int64_t values = m == 0 ? round_up(filters.r * filters.s * filters.c, kChunk)
+  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? filters.c / 2 : filters.c;
+  const int64_t values = m == 0 ? round_up(filters.r * filters.s * c, kChunk)
                                 : (m + 2) * (m + 2) * round_up(filters.c, kChunk);
   return round_up(filters.k, conv_panel()) * values;
 }
 
 void pack_filters(const FilterView& filters, ConvAlgorithm algorithm, float* out) {
   static const auto kernels = FASTRES_SELECT_KERNELS(pack_kernels, float);
-  PackJob* const pack = algorithm == ConvAlgorithm::kDirect      ? kernels.direct
-                        : algorithm == ConvAlgorithm::kWinograd2 ? kernels.f2
-                                                                 : kernels.f4;
+  PackJob* const pack = algorithm == ConvAlgorithm::kDirect       ? kernels.direct
+                        : algorithm == ConvAlgorithm::kDirectBf16 ? kernels.direct_bf16
+                        : algorithm == ConvAlgorithm::kWinograd2  ? kernels.f2
+                                                                  : kernels.f4;
   at::parallel_for(0, ceil_div(filters.k, conv_panel()), 1,
                    [&](int64_t begin, int64_t end) { pack(filters, {begin, end}, out); });
 }

@@ -1,6 +1,7 @@
 // Filters as the project's own convolutions read them: [panel][...][channel][panel's outputs], the
 // last panel and the last chunk of input channels filled with zeros.
 //   direct: [K / panel][(R * S * C) rounded up to 16][panel]
+//   direct_bf16: likewise, of words that hold two neighbouring channels in bfloat16
 //   F(m, 3): [K / panel][(m + 2)^2][C rounded up to 16][panel], G g G^T of every filter g
 #pragma once
 

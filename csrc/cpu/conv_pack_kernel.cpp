@@ -1,3 +1,7 @@
+#include <c10/util/BFloat16.h>
+
+#include <cstring>
+
 #include "conv_kernels.h"
 #include "conv_tile.h"
 #include "winograd.h"
@@ -31,6 +35,34 @@ void pack_direct(const FilterView& f, Range panels, float* out) {
       }
     }
     std::fill(to, to + (padded - values) * kPanel, 0.0f);
+  }
+}
+
+// The lower half of a word is the first channel of a pair.
+inline void store_pairs(const double* first, const double* second, float* out) {
+  const auto bits = [](double v) { return uint32_t{c10::BFloat16(static_cast<float>(v)).x}; };
+  for (int64_t k = 0; k < kPanel; ++k) {
+    const uint32_t word = bits(first[k]) | bits(second[k]) << 16;
+    std::memcpy(out + k, &word, sizeof(word));
+  }
+}
+
+void pack_direct_bf16(const FilterView& f, Range panels, float* out) {
+  const int64_t pairs = f.r * f.s * f.c / 2, padded = round_up(pairs, kChunk);
+  double first[kPanel], second[kPanel];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    float* to = out + panel * padded * kPanel;
+    for (int64_t r = 0; r < f.r; ++r) {
+      for (int64_t s = 0; s < f.s; ++s) {
+        for (int64_t c = 0; c < f.c; c += 2, to += kPanel) {
+          const int64_t offset = r * f.r_stride + s * f.s_stride + c * f.c_stride;
+          load_tap(f, panel, offset, first);
+          load_tap(f, panel, offset + f.c_stride, second);
+          store_pairs(first, second, to);
+        }
+      }
+    }
+    std::fill(to, to + (padded - pairs) * kPanel, 0.0f);
   }
 }
 
@@ -84,7 +116,7 @@ void pack_winograd(const FilterView& f, Range panels, float* out) {
 
 template <typename T>
 PackKernels<T> pack_kernels() {
-  return {&pack_direct, &pack_winograd<2>, &pack_winograd<4>};
+  return {&pack_direct, &pack_direct_bf16, &pack_winograd<2>, &pack_winograd<4>};
 }
 
 template PackKernels<float> pack_kernels<float>();

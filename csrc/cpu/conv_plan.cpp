@@ -30,7 +30,8 @@ Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
     const WinogradGrid grid(shape, m);
     return {grid.tiles(shape), round_up(shape.c, kChunk), grid.positions()};
   }
-  return {shape.pixels(), round_up(shape.taps() * shape.c, kChunk), 1};
+  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
+  return {shape.pixels(), round_up(shape.taps() * c, kChunk), 1};
 }
 
 double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice& choice) {
@@ -54,6 +55,8 @@ const char* name_of(ConvAlgorithm algorithm) {
       return "onednn";
     case ConvAlgorithm::kDirect:
       return "direct";
+    case ConvAlgorithm::kDirectBf16:
+      return "direct_bf16";
     case ConvAlgorithm::kWinograd2:
       return "winograd2";
     case ConvAlgorithm::kWinograd4:
@@ -70,11 +73,13 @@ bool is_winograd_shape(const ConvShape& shape) {
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
   if (capability() == Capability::kDefault) return kOneDnn;
+  const bool bf16 = choice.bf16 && shape.c % 2 == 0;
   if (is_winograd_shape(shape)) {
     const auto cost = [&](ConvAlgorithm a) { return cycles(shape, a, choice); };
-    return std::min({kDirect, kWinograd2, kWinograd4},
+    return std::min({bf16 ? kDirectBf16 : kDirect, kWinograd2, kWinograd4},
                     [&](auto a, auto b) { return cost(a) < cost(b); });
   }
+  if (bf16) return kDirectBf16;
   // Where every value is gathered once, that costs less than it saves; oneDNN gathers nothing.
   return shape.taps() == 1 || !choice.onednn ? kDirect : kOneDnn;
 }

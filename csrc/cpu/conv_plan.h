@@ -5,8 +5,9 @@
 
 namespace fastres::cpu {
 
-// kAten and kOneDnn are the libraries'; the others are the project's own.
-enum class ConvAlgorithm { kAten, kOneDnn, kDirect, kWinograd2, kWinograd4 };
+// kAten and kOneDnn are the libraries'; the others are the project's own. kDirectBf16 multiplies
+// bfloat16 values, the others float32 ones whatever the activations are.
+enum class ConvAlgorithm { kAten, kOneDnn, kDirect, kDirectBf16, kWinograd2, kWinograd4 };
 
 constexpr bool is_own(ConvAlgorithm algorithm) { return algorithm >= ConvAlgorithm::kDirect; }
 
@@ -26,6 +27,7 @@ struct ConvChoice {
   int64_t panel;  // output channels that are computed together
   bool onednn;    // its convolutions are an alternative
   bool pack;      // the filters have to be packed for this one call
+  bool bf16;      // kDirectBf16 is an alternative
 };
 
 // The fastest by a model of the work and of the traffic of weights.

@@ -5,6 +5,7 @@
 #include <c10/util/Half.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "conv_kernels.h"
 #include "memory.h"
@@ -18,7 +19,18 @@ int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, int64_t 
     const int64_t positions = WinogradGrid(shape, m).positions();
     return positions * (rows * (round_up(shape.c, kChunk) + panel) + 2 * kPositionSkew);
   }
-  return (rows + 1) * round_up(shape.taps() * shape.c, kChunk) + kChunk;
+  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
+  return (rows + 1) * round_up(shape.taps() * c, kChunk) + kChunk;
+}
+
+template <typename T>
+DirectConvKernel<T> direct_kernel([[maybe_unused]] ConvAlgorithm algorithm) {
+#if defined(FASTRES_X86)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (algorithm == ConvAlgorithm::kDirectBf16) return AVX512_BF16::direct_conv_kernel<T>();
+  }
+#endif
+  return FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
 }
 
 }  // namespace
@@ -30,7 +42,7 @@ int64_t conv_panel() {
 
 template <typename T>
 bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands) {
-  static const auto direct = FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
+  const auto direct = direct_kernel<T>(algorithm);
   static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
   const int64_t values = scratch_values(shape, algorithm, jobs.block_rows());
@@ -40,7 +52,7 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
     float* const scratch = own.of_size(values);
     for (int64_t job = begin; job < end; ++job) {
       const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
-      if (algorithm == ConvAlgorithm::kDirect) {
+      if (winograd_tile(algorithm) == 0) {
         direct.run(shape, operands, rows, panels, scratch);
         continue;
       }

@@ -19,6 +19,12 @@ struct ConvShape {
   int64_t taps() const { return r * s; }
 };
 
+// The same convolution with two neighbouring channels of bfloat16 in the place of one of float32.
+inline ConvShape in_pairs(ConvShape shape) {
+  shape.c /= 2;
+  return shape;
+}
+
 // Chunks of 16 channels, a cache line of fp32, are what activations are packed in.
 constexpr int64_t kChunk = 16;
 

@@ -31,6 +31,17 @@ constexpr int kTileRows = 14;
 constexpr int kTileRows = 6;
 #endif
 
+// What a tile sums up: a product of float32 values or, in the build for processors that have the
+// instruction, two products of bfloat16 values, which lie in pairs where there was one value.
+FASTRES_INLINE Vec multiply_add(const Vec& x, const Vec& weight, const Vec& sum) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(static_cast<__m512>(x)),
+                          reinterpret_cast<__m512bh>(static_cast<__m512>(weight)));
+#else
+  return at::vec::fmadd(x, weight, sum);
+#endif
+}
+
 // Nested, not an array: GCC keeps the members of a structure in registers, but spills arrays.
 template <int kRows>
 struct Accumulators {
@@ -42,8 +53,8 @@ struct Accumulators {
   FASTRES_INLINE void add(const float* a, const Vec& b_left, const Vec& b_right) {
     above.add(a, b_left, b_right);
     const Vec x(a[(kRows - 1) * kChunk]);
-    left = at::vec::fmadd(x, b_left, left);
-    right = at::vec::fmadd(x, b_right, right);
+    left = multiply_add(x, b_left, left);
+    right = multiply_add(x, b_right, right);
   }
 
   template <typename F>
@@ -176,8 +187,36 @@ inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, cons
 
 // --- activations in memory: `count` values of T, computed with in fp32 ---
 
+// A whole vector of bfloat16 is half a register. ATen's masked accesses of so many values would
+// take several times as long.
+#if defined(CPU_CAPABILITY_AVX512)
+FASTRES_INLINE Vec load_whole(const c10::BFloat16* p) {
+  __m512 wide;
+  at::vec::cvtbf16_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), wide);
+  return wide;
+}
+
+FASTRES_INLINE void store_whole(const Vec& v, c10::BFloat16* p) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  const auto narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
+  const auto narrow = at::vec::cvtfp32_bf16(v);
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+}
+constexpr bool kHalfRegisters = true;
+#else
+constexpr bool kHalfRegisters = false;
+#endif
+
+template <typename T>
+constexpr bool kInHalfRegisters = kHalfRegisters && std::is_same_v<T, c10::BFloat16>;
+
 template <typename T>
 FASTRES_INLINE Vec load_vec(const T* p, int64_t count = kVec) {
+  if constexpr (kInHalfRegisters<T>) {
+    if (count >= kVec) return load_whole(p);
+  }
   if constexpr (std::is_same_v<T, float>) {
     return count >= kVec ? Vec::loadu(p) : Vec::loadu(p, count);
   } else {  // the lower half of a register
@@ -188,6 +227,9 @@ FASTRES_INLINE Vec load_vec(const T* p, int64_t count = kVec) {
 
 template <typename T>
 FASTRES_INLINE void store_vec(Vec v, T* p, int64_t count = kVec) {
+  if constexpr (kInHalfRegisters<T>) {
+    if (count >= kVec) return store_whole(v, p);
+  }
   if constexpr (std::is_same_v<T, float>) {
     count >= kVec ? v.store(p) : v.store(p, static_cast<int>(count));
   } else {
