@@ -5,9 +5,9 @@ namespace {
 
 // The gradient that ReLU let pass at element i; `centred` is x - mean there.
 template <typename T, Mask kMask>
-inline Lanes<T> masked_gradient(const BackwardArrays<T>& a, int64_t i, int64_t count,
-                                const Lanes<T>& centred, const Lanes<T>& scale,
-                                const Lanes<T>& shift) {
+FASTRES_INLINE Lanes<T> masked_gradient(const BackwardArrays<T>& a, int64_t i, int64_t count,
+                                        const Lanes<T>& centred, const Lanes<T>& scale,
+                                        const Lanes<T>& shift) {
   const auto g = Lanes<T>::load(a.grad_output + i, count);
   if constexpr (kMask == Mask::kFromInput) {
     return relu_mask(g, normalise(centred, scale, shift), kRoundsToZero<T>);
@@ -21,10 +21,10 @@ inline Lanes<T> masked_gradient(const BackwardArrays<T>& a, int64_t i, int64_t c
 // kRows neighbouring rows at once, whole rows at a time: memory is read in its own order, for a
 // walk down one column block touches a new page at every row.
 template <typename T, Mask kMask, bool kResidual, int kRows>
-inline void rows_reduce(const BackwardArrays<T>& a, const Runs& rows, const Coefficients<T>& k,
-                        acc_t<T>* sum_g, acc_t<T>* sum_gx) {
+FASTRES_INLINE void rows_reduce(const BackwardArrays<T>& a, const Runs& rows,
+                                const Coefficients<T>& k, acc_t<T>* sum_g, acc_t<T>* sum_gx) {
   using L = Lanes<T>;
-  const auto reduce = [&](int64_t j, int64_t count) {
+  const auto reduce = [&](int64_t j, int64_t count) FASTRES_INLINED {
     const L mean = L::load_wide(k.mean + j), scale = L::load_wide(k.scale + j),
             shift = L::load_wide(k.shift + j);
     L total_g = L::load_wide(sum_g + j), total_gx = L::load_wide(sum_gx + j);
@@ -74,7 +74,7 @@ void plane_reduce_as(const BackwardArrays<T>& a, const Runs& planes, const Coeff
   const L mean(*k.mean), scale(*k.scale), shift(*k.shift);
   for_each_plane_chunk(planes, [&](const Runs& chunk, int64_t first) {
     L total_g(0), total_gx(0);
-    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) {
+    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) FASTRES_INLINED {
       const L centred = L::load(a.input + first + i, count) - mean;
       L g = masked_gradient<T, kMask>(a, first + i, count, centred, scale, shift);
       if constexpr (kResidual) store(g, chunk, a.grad_residual + first + i, count);
@@ -93,7 +93,7 @@ void apply_as(const BackwardArrays<T>& a, const Runs& runs, const Coefficients<T
   constexpr bool kNeedsInput = kTraining || kMask == Mask::kFromInput;
   const Coefficient<T, kPlane> mean(k.mean), scale(k.scale), shift(k.shift), slope(k.slope),
       offset(k.offset);
-  for_each_lanes<T>(runs, [&](int64_t i, int64_t c, int64_t count) {
+  for_each_lanes<T>(runs, [&](int64_t i, int64_t c, int64_t count) FASTRES_INLINED {
     L centred(0);
     if constexpr (kNeedsInput) centred = L::load(a.input + i, count) - mean.at(c);
     const L g = masked_gradient<T, kMask>(a, i, count, centred, scale.at(c), shift.at(c));

@@ -81,12 +81,12 @@ void plane_moments(const T* x, Runs planes, double* sum, double* m2) {
   for_each_plane_chunk(planes, [&](const Runs& chunk, int64_t first) {
     const int64_t n = chunk.count * chunk.size;
     L total(0), deviation(0), squares(0);
-    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) {
+    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) FASTRES_INLINED {
       total = total + L::load(x + first + i, count);
     });
     const acc_t<T> mean = total.sum() / static_cast<acc_t<T>>(n);
     const L centre(mean);
-    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) {
+    for_each_lanes<T>(chunk, [&](int64_t i, int64_t, int64_t count) FASTRES_INLINED {
       L d = L::load(x + first + i, count) - centre;
       if (count < L::kSize) d = d.keep(count);
       deviation = deviation + d;
@@ -102,7 +102,7 @@ template <typename T, bool kPlane, bool kResidual, bool kRelu>
 void apply_as(const T* x, const T* residual, T* y, const Runs& runs, const Coefficients<T>& k) {
   using L = Lanes<T>;
   const Coefficient<T, kPlane> mean(k.mean), scale(k.scale), shift(k.shift);
-  for_each_lanes<T>(runs, [&](int64_t i, int64_t c, int64_t count) {
+  for_each_lanes<T>(runs, [&](int64_t i, int64_t c, int64_t count) FASTRES_INLINED {
     L out = normalise(L::load(x + i, count) - mean.at(c), scale.at(c), shift.at(c));
     if constexpr (kResidual) out = out + L::load(residual + i, count);
     if constexpr (kRelu) out = relu(out);

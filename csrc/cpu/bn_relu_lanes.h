@@ -8,7 +8,8 @@ namespace fastres::cpu::CPU_CAPABILITY {
 
 // Backward recomputes the output of forward to mask by it: one function, so the bits agree.
 template <typename T>
-inline Lanes<T> normalise(const Lanes<T>& centred, const Lanes<T>& scale, const Lanes<T>& shift) {
+FASTRES_INLINE Lanes<T> normalise(const Lanes<T>& centred, const Lanes<T>& scale,
+                                  const Lanes<T>& shift) {
   return fma(centred, scale, shift);
 }
 
@@ -27,7 +28,7 @@ class Coefficient {
     if constexpr (kPlane) value_ = Lanes<T>(p != nullptr ? *p : 0);
   }
 
-  Lanes<T> at(int64_t i) const {
+  FASTRES_INLINE Lanes<T> at(int64_t i) const {
     if constexpr (kPlane) {
       return value_;
     } else {
@@ -42,7 +43,7 @@ class Coefficient {
 
 // Calls f(index into the arrays, index into the run, lanes in use) over all runs.
 template <typename T, typename F>
-inline void for_each_lanes(const Runs& runs, const F& f) {
+FASTRES_INLINE void for_each_lanes(const Runs& runs, const F& f) {
   constexpr int64_t kSize = Lanes<T>::kSize;
   for (int64_t r = 0; r < runs.count; ++r) {
     const int64_t base = r * runs.stride;
@@ -54,7 +55,7 @@ inline void for_each_lanes(const Runs& runs, const F& f) {
 
 // Stores lanes of a run, around the cache where the run says so and the vector is a whole one.
 template <typename T>
-inline void store(const Lanes<T>& lanes, const Runs& runs, T* p, int64_t count) {
+FASTRES_INLINE void store(const Lanes<T>& lanes, const Runs& runs, T* p, int64_t count) {
   if (runs.stream && count == Lanes<T>::kSize) {
     lanes.stream(p);
   } else {

@@ -12,10 +12,7 @@
 #include <type_traits>
 
 #include "conv_shape.h"
-
-// GCC keeps accumulators in registers only where everything that touches them is inlined.
-#define FASTRES_INLINED __attribute__((always_inline))
-#define FASTRES_INLINE inline FASTRES_INLINED
+#include "inline.h"
 
 namespace fastres::cpu::CPU_CAPABILITY {
 

@@ -12,20 +12,21 @@
 #include <type_traits>
 
 #include "activations.h"
+#include "inline.h"
 
 namespace fastres::cpu::CPU_CAPABILITY {
 
 #if defined(CPU_CAPABILITY_AVX2)
 // ATen copies the beginning of an AVX2 vector through memory. The shorter rows are, the more of
 // them end so; a 7x7 map does after six vectors.
-inline __m256i first_lanes(int64_t count) {
+FASTRES_INLINE __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 #endif
 
 template <typename T>
-inline at::vec::Vectorized<T> load_first(const T* p, int64_t count) {
+FASTRES_INLINE at::vec::Vectorized<T> load_first(const T* p, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>) return _mm256_maskload_ps(p, first_lanes(count));
 #endif
@@ -33,7 +34,7 @@ inline at::vec::Vectorized<T> load_first(const T* p, int64_t count) {
 }
 
 template <typename T>
-inline void store_first(const at::vec::Vectorized<T>& v, T* p, int64_t count) {
+FASTRES_INLINE void store_first(const at::vec::Vectorized<T>& v, T* p, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, first_lanes(count), v);
 #endif
@@ -56,7 +57,7 @@ struct Lanes {
     for (auto& x : v) x = V(value);
   }
 
-  static Lanes load(const T* p, int64_t count = kSize) {
+  FASTRES_INLINE static Lanes load(const T* p, int64_t count = kSize) {
     using Raw = at::vec::Vectorized<T>;
     const Raw raw = count == kSize ? Raw::loadu(p) : load_first(p, count);
     Lanes out;
@@ -69,13 +70,13 @@ struct Lanes {
   }
 
   // Per-channel values: kSize of them are readable at p.
-  static Lanes load_wide(const A* p) {
+  FASTRES_INLINE static Lanes load_wide(const A* p) {
     Lanes out;
     for (int i = 0; i < kVecs; ++i) out.v[i] = V::loadu(p + i * kVecSize);
     return out;
   }
 
-  void store(T* p, int64_t count = kSize) const {
+  FASTRES_INLINE void store(T* p, int64_t count = kSize) const {
     if constexpr (kVecs == 1) {
       count == kSize ? v[0].store(p) : store_first(v[0], p, count);
     } else {
@@ -85,7 +86,7 @@ struct Lanes {
   }
 
   // Writes all lanes around the cache, to an address that is a multiple of their size.
-  void stream(T* p) const {
+  FASTRES_INLINE void stream(T* p) const {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     alignas(64) T raw[kSize];
     store(raw);
@@ -100,7 +101,7 @@ struct Lanes {
 #endif
   }
 
-  void store_wide(A* p) const {
+  FASTRES_INLINE void store_wide(A* p) const {
     for (int i = 0; i < kVecs; ++i) v[i].store(p + i * kVecSize);
   }
 
@@ -122,44 +123,44 @@ struct Lanes {
 };
 
 template <typename T, typename F, typename... Args>
-inline Lanes<T> lanewise(const F& f, const Args&... args) {
+FASTRES_INLINE Lanes<T> lanewise(const F& f, const Args&... args) {
   Lanes<T> out;
   for (int i = 0; i < Lanes<T>::kVecs; ++i) out.v[i] = f(args.v[i]...);
   return out;
 }
 
 template <typename T>
-inline Lanes<T> operator+(const Lanes<T>& a, const Lanes<T>& b) {
+FASTRES_INLINE Lanes<T> operator+(const Lanes<T>& a, const Lanes<T>& b) {
   return lanewise<T>([](const auto& x, const auto& y) { return x + y; }, a, b);
 }
 
 template <typename T>
-inline Lanes<T> operator-(const Lanes<T>& a, const Lanes<T>& b) {
+FASTRES_INLINE Lanes<T> operator-(const Lanes<T>& a, const Lanes<T>& b) {
   return lanewise<T>([](const auto& x, const auto& y) { return x - y; }, a, b);
 }
 
 template <typename T>
-inline Lanes<T> operator*(const Lanes<T>& a, const Lanes<T>& b) {
+FASTRES_INLINE Lanes<T> operator*(const Lanes<T>& a, const Lanes<T>& b) {
   return lanewise<T>([](const auto& x, const auto& y) { return x * y; }, a, b);
 }
 
 // a * b + c
 template <typename T>
-inline Lanes<T> fma(const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) {
+FASTRES_INLINE Lanes<T> fma(const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) {
   return lanewise<T>(
       [](const auto& x, const auto& y, const auto& z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
 // max(x, 0); NaN stays NaN.
 template <typename T>
-inline Lanes<T> relu(const Lanes<T>& a) {
+FASTRES_INLINE Lanes<T> relu(const Lanes<T>& a) {
   using V = typename Lanes<T>::V;
   return lanewise<T>([](const auto& x) { return at::vec::clamp_min(x, V(0)); }, a);
 }
 
 // g where !(y <= limit), else 0: like ATen's threshold_backward, NaN in y lets the gradient pass.
 template <typename T>
-inline Lanes<T> relu_mask(const Lanes<T>& g, const Lanes<T>& y, acc_t<T> limit) {
+FASTRES_INLINE Lanes<T> relu_mask(const Lanes<T>& g, const Lanes<T>& y, acc_t<T> limit) {
   using V = typename Lanes<T>::V;
   return lanewise<T>(
       [&](const auto& a, const auto& b) { return V::blendv(a, V(0), b <= V(limit)); }, g, y);
