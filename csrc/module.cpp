@@ -7,6 +7,7 @@
 #include "cpu/conv_fold_cache.h"
 #include "cpu/operators.h"
 #include "cuda/operators.h"
+#include "functional.h"
 #include "sites.h"
 
 TORCH_LIBRARY_IMPL(fastres, CPU, m) {
@@ -58,8 +59,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastres; see fastres.ops for their schemas.";
   m.def("build_info", &build_info, "What this extension was built with and runs on.");
   m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
-  m.def("add_relu", &fastres::add_relu, "relu(input + residual); see csrc/sites.h.");
   m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
+  m.def("add_relu", &fastres::functional::add_relu, "See csrc/functional.h.");
+  m.def("bn_relu", &fastres::functional::bn_relu, "See csrc/functional.h.");
+  m.def("conv_bn_relu", &fastres::functional::conv_bn_relu, "See csrc/functional.h.");
   m.def("conv_by", &fastres::cpu::conv_by, "One convolution by a named algorithm.");
   m.def("conv_algorithm", &fastres::cpu::conv_algorithm, "What computes a convolution.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");

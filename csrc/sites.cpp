@@ -1,22 +1,17 @@
 #include "sites.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
 #include <optional>
 
-#include "checks.h"
+#include "arguments.h"
+#include "functional.h"
 
 namespace fastres {
 namespace {
 
 namespace py = pybind11;
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Objects that live as long as the process, looked up once: borrowed pointers to them are safe.
 PyObject* keep(const char* module, const char* name) {
@@ -46,6 +41,9 @@ struct Known {
   PyObject* const running_mean = intern("running_mean");
   PyObject* const running_var = intern("running_var");
   PyObject* const training = intern("training");
+  PyObject* const momentum = intern("momentum");
+  PyObject* const num_batches_tracked = intern("num_batches_tracked");
+  PyObject* const track_running_stats = intern("track_running_stats");
   PyObject* const eps = intern("eps");
   PyObject* const stride = intern("stride");
   PyObject* const padding = intern("padding");
@@ -57,13 +55,6 @@ struct Known {
 const Known& known() {
   static const auto* const instance = new Known;
   return *instance;
-}
-
-// Thrown, and caught below, where a site is left to Python.
-struct Unusual {};
-
-void require(bool condition) {
-  if (!condition) throw Unusual();
 }
 
 // A module of exactly this class, with nothing but its class's own forward in a call of it.
@@ -91,15 +82,7 @@ class Plain {
   OptionalTensor tensor(PyObject* registry, PyObject* name) const {
     PyObject* const value = find(get(registry), name);
     require(value != nullptr);
-    if (value == Py_None) return std::nullopt;
-    return unpack(value);
-  }
-
-  static const at::Tensor& unpack(PyObject* value) {
-    require(THPVariable_CheckExact(value));
-    const auto& t = THPVariable_Unpack(value);
-    require(t.device().is_cpu() && t.layout() == at::kStrided);
-    return t;
+    return optional_tensor_of(value);
   }
 
  private:
@@ -126,146 +109,100 @@ void require_identities(PyObject* via) {
   }
 }
 
-std::array<int64_t, 2> pair(PyObject* values) {
-  require(PyTuple_CheckExact(values) && PyTuple_GET_SIZE(values) == 2);
-  std::array<int64_t, 2> out{};
-  for (int i = 0; i < 2; ++i) {
-    PyObject* const value = PyTuple_GET_ITEM(values, i);
-    require(PyLong_CheckExact(value));
-    out[i] = PyLong_AsLongLong(value);
-  }
-  return out;
+Convolution convolution_of(PyObject* module) {
+  const Plain conv(module, known().conv);
+  PyObject* const mode = conv.get(known().padding_mode);
+  require(PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "zeros") == 0);
+  const auto weight = conv.tensor(known().parameters, known().weight);
+  require(weight && weight->dim() == 4);
+  return {*weight,
+          conv.tensor(known().parameters, known().bias),
+          {pair_of(conv.get(known().stride)), pair_of(conv.get(known().padding)),
+           pair_of(conv.get(known().dilation)), int_of(conv.get(known().groups))}};
 }
 
-// A batch norm in eval, with statistics.
-struct BatchNorm {
-  OptionalTensor running_mean, running_var, weight, bias;
-  double eps;
+// A batch norm with statistics, and the counter of its batches in training.
+struct CountingBatchNorm : BatchNorm {
+  OptionalTensor batches;
 
-  explicit BatchNorm(PyObject* module) {
+  explicit CountingBatchNorm(PyObject* module) {
     const Plain bn(module, known().bn);
-    require(bn.get(known().training) == Py_False);
     running_mean = bn.tensor(known().buffers, known().running_mean);
     running_var = bn.tensor(known().buffers, known().running_var);
     weight = bn.tensor(known().parameters, known().weight);
     bias = bn.tensor(known().parameters, known().bias);
-    require(running_mean && running_var && PyFloat_CheckExact(bn.get(known().eps)));
-    eps = PyFloat_AS_DOUBLE(bn.get(known().eps));
+    training = bool_of(bn.get(known().training));
+    momentum = 0;
+    eps = double_of(bn.get(known().eps));
+    require(running_mean && running_var);
+    if (!training) return;
+    momentum = double_of(bn.get(known().momentum));  // None: a cumulative average
+    batches = bn.tensor(known().buffers, known().num_batches_tracked);
+    require(batches && bool_of(bn.get(known().track_running_stats)));
+  }
+
+  // Counts the batch before it is normalised, as nn.BatchNorm2d does; not if the call is refused.
+  template <typename F>
+  at::Tensor count(const F& call) const {
+    if (!batches) return call();
+    batches->add_(1);
+    try {
+      return call();
+    } catch (const Unusual&) {
+      batches->sub_(1);
+      throw;
+    } catch (const c10::Error&) {
+      batches->sub_(1);
+      throw;
+    }
   }
 };
 
-bool records(const at::Tensor& t) { return t.requires_grad(); }
-bool records(const OptionalTensor& t) { return t && t->requires_grad(); }
-
-template <typename... Tensors>
-void require_no_graph(const Tensors&... tensors) {
-  require(!c10::GradMode::is_enabled() || !(records(tensors) || ...));
-}
-
-at::Tensor activation(py::handle input) {
-  const auto& x = Plain::unpack(input.ptr());
-  require(x.dim() == 4 && x.numel() > 0 && is_supported_dtype(x.scalar_type()));
-  require(!at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU));
-  require(!c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer));  // torch.jit.trace
-  return x;
-}
-
-OptionalTensor residual_of(py::handle residual, const at::Tensor& x, at::IntArrayRef size) {
-  if (residual.is_none()) return std::nullopt;
-  const auto& r = Plain::unpack(residual.ptr());
-  require(r.sizes() == size && r.scalar_type() == x.scalar_type());
+// What is added to an output of this size and dtype.
+OptionalTensor residual_of(py::handle residual, at::IntArrayRef size, at::ScalarType dtype) {
+  const auto r = optional_tensor_of(residual.ptr());
+  require(!r || (r->sizes() == size && r->scalar_type() == dtype));
   return r;
 }
 
-template <typename F>
-py::object unless_unusual(const F& site) {
-  try {
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(site()));
-  } catch (const Unusual&) {
-    return py::none();
-  } catch (const c10::Error&) {
-    return py::none();  // refused before anything ran: Python finds out what is wrong, and says it
-  }
-}
-
-using ConvBnReLU = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                              const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                              const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
-                              at::IntArrayRef, at::IntArrayRef, int64_t, double, bool);
-using BnReLU = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-    const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, bool, double, double, bool);
-
-// Through the dispatcher, so that dispatch modes, profilers and overrides see the call.
-template <typename Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// Of a convolution's output.
+at::ScalarType output_dtype(const at::Tensor& x) {
+  const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && x.scalar_type() != at::kDouble;
+  return cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
 }
 
 }  // namespace
 
 py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_module,
                        py::handle act, py::handle residual, py::handle via) {
-  static const auto op = find_operator<ConvBnReLU>("fastres::conv_bn_relu");
   return unless_unusual([&] {
-    const auto x = activation(input);
-    const Plain conv(conv_module.ptr(), known().conv);
-    const BatchNorm bn(bn_module.ptr());
+    const auto x = activation_of(input.ptr());
+    const auto conv = convolution_of(conv_module.ptr());
+    const CountingBatchNorm bn(bn_module.ptr());
     const bool relu = is_relu(act.ptr());
     require_identities(via.ptr());
-    PyObject* const mode = conv.get(known().padding_mode);
-    require(PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "zeros") == 0);
-    const auto stride = pair(conv.get(known().stride)), padding = pair(conv.get(known().padding)),
-               dilation = pair(conv.get(known().dilation));
-    require(PyLong_CheckExact(conv.get(known().groups)));
-    const int64_t groups = PyLong_AsLongLong(conv.get(known().groups));
-    const auto weight = conv.tensor(known().parameters, known().weight);
-    const auto bias = conv.tensor(known().parameters, known().bias);
-    require(weight && weight->dim() == 4 && weight->scalar_type() == x.scalar_type());
-    require(!bias || bias->scalar_type() == x.scalar_type());
     OptionalTensor r;
     if (!residual.is_none()) {
-      require(relu && stride[0] > 0 && stride[1] > 0);
-      std::array<int64_t, 4> size{x.size(0), weight->size(0), 0, 0};
-      for (int d = 0; d < 2; ++d) {
-        const int64_t reach = dilation[d] * (weight->size(2 + d) - 1) + 1;
-        size[2 + d] = (x.size(2 + d) + 2 * padding[d] - reach) / stride[d] + 1;
-      }
-      r = residual_of(residual, x, size);
+      require(relu);
+      const auto& g = conv.geometry;
+      require(g.stride[0] > 0 && g.stride[1] > 0);
+      r = residual_of(residual, cpu::output_size(x, conv.weight, g), output_dtype(x));
     }
-    require_no_graph(x, r, weight, bias, bn.weight, bn.bias);
     const py::gil_scoped_release no_gil;
-    return op.call(x, *weight, bias, r, *bn.running_mean, *bn.running_var, bn.weight, bn.bias,
-                   stride, padding, dilation, groups, bn.eps, relu);
+    return bn.count([&] { return conv_bn_relu(x, r, conv, bn, relu); });
   });
 }
 
 py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::handle residual,
                   py::handle via) {
-  static const auto op = find_operator<BnReLU>("fastres::bn_relu");
   return unless_unusual([&] {
-    const auto x = activation(input);
-    const BatchNorm bn(bn_module.ptr());
+    const auto x = activation_of(input.ptr());
+    const CountingBatchNorm bn(bn_module.ptr());
     const bool relu = is_relu(act.ptr());
     require_identities(via.ptr());
-    const auto r = residual_of(residual, x, x.sizes());
-    require_no_graph(x, r, bn.weight, bn.bias);
+    const auto r = residual_of(residual, x.sizes(), x.scalar_type());
     const py::gil_scoped_release no_gil;
-    return std::get<0>(op.call(x, r, bn.running_mean, bn.running_var, bn.weight, bn.bias,
-                               /*training=*/false, /*momentum=*/0, bn.eps, relu));
-  });
-}
-
-py::object add_relu(py::handle input, py::handle residual) {
-  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&);
-  static const auto op = find_operator<Signature>("fastres::add_relu");
-  return unless_unusual([&] {
-    const auto x = activation(input);
-    const auto r = residual_of(residual, x, x.sizes());
-    require(r.has_value());
-    require_no_graph(x, r);
-    const py::gil_scoped_release no_gil;
-    return op.call(x, *r);
+    return bn.count([&] { return autograd::bn_relu(x, r, bn, relu); });
   });
 }
 

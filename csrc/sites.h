@@ -1,20 +1,17 @@
-// The sites of fastres/sites.py in inference, for the case that needs no second thought.
+// The sites of fastres/sites.py on the CPU, for the case that needs no second thought.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace fastres {
 
-// act(bn(conv(input)) + residual) and act(bn(input) + residual) with the modules' own parameters,
-// as one operator call; None where anything is out of the ordinary, and then nothing has happened.
+// act(bn(conv(input)) + residual) and act(bn(input) + residual) with the modules' own parameters;
+// None where anything is out of the ordinary, and then nothing has happened.
 // Looking at modules from here takes a tenth of what it takes from Python, whose interpreter finds
 // the caches full of activations after every convolution.
 pybind11::object conv_bn_act(pybind11::handle input, pybind11::handle conv, pybind11::handle bn,
                              pybind11::handle act, pybind11::handle residual, pybind11::handle via);
 pybind11::object bn_act(pybind11::handle input, pybind11::handle bn, pybind11::handle act,
                         pybind11::handle residual, pybind11::handle via);
-
-// relu(input + residual), likewise.
-pybind11::object add_relu(pybind11::handle input, pybind11::handle residual);
 
 }  // namespace fastres

@@ -4,6 +4,9 @@ They only save and route tensors; the maths is in the operators of :mod:`fastres
 those of the backend that served forward. A gradient that nobody needs is neither computed nor kept
 alive for. When a graph of the backward is asked for (``create_graph=True``), the backward is
 spelled in PyTorch's own differentiable operators.
+
+``csrc/autograd.cpp`` does the same for CPU tensors, in less time. Here is what serves other
+devices and compilers, which cannot look into an extension.
 """
 
 import torch
@@ -65,15 +68,13 @@ class BNReLU(torch.autograd.Function):
     def backward(ctx, grad_output):
         input, output, weight, bias, mean, invstd = ctx.saved_tensors
         need_input, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
-        backward = ops.OPERATORS[ctx.backend].bn_relu_backward
+        mask = [need_input, need_residual, need_weight or need_bias]
+        operands = (grad_output, input, output, weight, bias, mean, invstd, ctx.training)
         if torch.is_grad_enabled():
-            backward = reference.bn_relu_backward
-            if ctx.training:
-                mean, invstd = reference.batch_statistics(input, ctx.eps)
-        grad_input, grad_residual, grad_weight, grad_bias = backward(
-            grad_output, input, output, weight, bias, mean, invstd, ctx.training, ctx.relu,
-            [need_input, need_residual, need_weight or need_bias],
-        )  # fmt: skip
+            gradients = bn_relu_gradients(*operands, ctx.eps, ctx.relu, mask)
+        else:
+            gradients = ops.OPERATORS[ctx.backend].bn_relu_backward(*operands, ctx.relu, mask)
+        grad_input, grad_residual, grad_weight, grad_bias = gradients
         return (
             grad_input if need_input else None,
             grad_residual if need_residual else None,
@@ -83,6 +84,18 @@ class BNReLU(torch.autograd.Function):
             grad_bias.to(bias.dtype) if need_bias else None,
             *(None,) * 5,
         )
+
+
+def bn_relu_gradients(
+    grad_output, input, output, weight, bias, mean, invstd, training, eps, relu, mask
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``fastres::bn_relu_backward``, differentiable: the batch's statistics are made of the input
+    again."""
+    if training:
+        mean, invstd = reference.batch_statistics(input, eps)
+    return reference.bn_relu_backward(
+        grad_output, input, output, weight, bias, mean, invstd, training, relu, mask
+    )
 
 
 class Conv(torch.autograd.Function):

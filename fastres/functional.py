@@ -12,8 +12,6 @@ number of dimensions and for a single value per channel in training, ``RuntimeEr
 devices or geometry that do not fit and for missing running statistics in eval.
 """
 
-from contextlib import suppress
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,13 +27,10 @@ REFUSED = (TypeError, ValueError, RuntimeError)
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     """``relu(input + residual)``: the end of every residual block (He et al. 2015, section 3.1)."""
-    if not torch.is_grad_enabled() and extension_serves("add_relu"):
+    if extension_serves("add_relu"):
         output = ops.extension.add_relu(input, residual)
         if output is not None:
             return output
-    if _is_small(input, residual, (input, residual)):
-        with suppress(*REFUSED):  # raised again below, in the caller's words
-            return reference.add_relu(input, residual)
     return _serve(
         "add_relu",
         input,
@@ -127,9 +122,10 @@ def batch_norm(
     arguments = (
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu,
     )  # fmt: skip
-    if _is_small(input, residual, (input, residual, weight, bias)):
-        with suppress(*REFUSED):
-            return _eager_batch_norm(*arguments)
+    if extension_serves("bn_relu"):
+        output = ops.extension.bn_relu(*arguments)
+        if output is not None:
+            return output
     return _serve(
         "bn_relu",
         input,
@@ -152,6 +148,14 @@ def _conv_bn(
     input, residual, weight, bias, stride, padding, dilation, groups,
     running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu,
 ) -> Tensor:  # fmt: skip
+    if extension_serves("conv_bn_relu"):
+        output = ops.extension.conv_bn_relu(
+            input, residual, weight, bias, stride, padding, dilation, groups,
+            running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu,
+        )  # fmt: skip
+        if output is not None:
+            return output
+
     def check() -> None:
         checks.conv_bn_relu(
             input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
@@ -160,10 +164,6 @@ def _conv_bn(
 
     bn = (residual, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu)
     graph = (input, residual, weight, bias, bn_weight, bn_bias)
-    if residual is None and _is_small(input, None, graph):
-        with suppress(*REFUSED):
-            output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-            return _eager_batch_norm(output, *bn)
 
     def two_steps(backend: str = "eager") -> Tensor:
         output = _conv(backend, input, weight, bias, stride, padding, dilation, groups)
@@ -206,7 +206,6 @@ def _conv(
 
 
 _OWN_CONV_DTYPES = (torch.float32, torch.bfloat16)
-_SMALL = 16384  # elements
 
 
 def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
@@ -226,19 +225,6 @@ def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
         return eager()
     check()
     raise refusal
-
-
-def _is_small(input: Tensor, residual: Tensor | None, graph: tuple) -> bool:
-    """Whether autograd records the call on a map so small that a custom function costs more than
-    its kernels save: there PyTorch's own operators serve. They take what :mod:`fastres.checks`
-    refuses, other dtypes and dimensions or a residual that broadcasts; such a call is not small."""
-    if torch.compiler.is_compiling():  # which has no such cost
-        return False
-    if not isinstance(input, Tensor) or input.numel() >= _SMALL or input.dim() != 4:
-        return False
-    if not input.is_floating_point() or not autograd.needs_graph(*graph):
-        return False
-    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
 
 
 def _add_act(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -25,7 +25,7 @@ def conv_bn_act(
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``act(bn(conv(input)) + residual)``; ``via`` are identity modules behind ``bn``."""
-    output = conv_bn_act_in_eval(input, conv, bn, act, residual, via)
+    output = conv_bn_act_by_extension(input, conv, bn, act, residual, via)
     if output is not None:
         return output
     if why_not_conv(conv) or input.dim() != 4:
@@ -66,9 +66,9 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
     return functional.add_relu(input, residual)
 
 
-def conv_bn_act_in_eval(input, conv, bn, act, residual, via) -> Tensor | None:
-    """:func:`conv_bn_act` by the extension, which looks at plain modules in eval faster than Python
-    does; None for anything else. See ``csrc/sites.h``."""
+def conv_bn_act_by_extension(input, conv, bn, act, residual, via) -> Tensor | None:
+    """:func:`conv_bn_act` by the extension, which looks at plain modules faster than Python does;
+    None for anything else. See ``csrc/sites.h``."""
     if extension_serves("conv_bn_relu"):
         return ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
     return None

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import functional, ops
+from fastres import ops
 
 # fastres.backend the module: the attribute of that name is the context manager
 backend_module = sys.modules["fastres.backend"]
@@ -45,8 +45,9 @@ def seed():
 
 
 @pytest.fixture(params=["compiled", "fallback"])
-def implementation(request):
-    """Runs the test on the compiled kernels, then on the eager fallbacks of the same operators."""
+def implementation(request, monkeypatch):
+    """Runs the test on the compiled kernels, then on the eager fallbacks of the same operators, as
+    they are without the extension."""
     if request.param == "compiled":
         if not ops.has_kernel("bn_relu", "cpu"):
             pytest.skip("the compiled extension is not installed")
@@ -55,6 +56,7 @@ def implementation(request):
     if not ops.has_kernel("bn_relu", "cpu"):
         yield request.param  # they serve already
         return
+    monkeypatch.setattr(ops, "extension", None)
     override = torch.library.Library("fastres", "IMPL")
     try:
         with warnings.catch_warnings():
@@ -64,12 +66,6 @@ def implementation(request):
         yield request.param
     finally:
         override._destroy()
-
-
-@pytest.fixture(autouse=True)
-def small_is_not_eager(monkeypatch):
-    """Small tensors go through the custom autograd functions too: the tests' are small."""
-    monkeypatch.setattr(functional, "_SMALL", 0)
 
 
 @pytest.fixture

@@ -144,6 +144,16 @@ def test_fakes_where_both_memory_formats_fit(implementation, layout, shape):
 # --- what autograd is asked to do ----------------------------------------------------------------
 
 
+@pytest.fixture(params=["extension", "python"])
+def recorder(request, monkeypatch):
+    """Runs the test on the nodes of ``csrc/autograd.cpp``, then on ``fastres/autograd.py``."""
+    if request.param == "python":
+        monkeypatch.setattr(ops, "extension", None)
+    elif ops.extension is None:
+        pytest.skip("the compiled extension is not installed")
+    return request.param
+
+
 def small_net():
     """Every kind of site: conv-bn-relu, projection, residual, pre-activation, bare addition."""
     torch.manual_seed(0)
@@ -182,7 +192,7 @@ def images():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_net_has_eagers_gradients(training):
+def test_a_net_has_eagers_gradients(recorder, training):
     net = small_net().train(training)
     with Calls() as calls:
         ours = gradients(net, net(images()).square().mean())
@@ -192,7 +202,7 @@ def test_a_net_has_eagers_gradients(training):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_activation_checkpointing(use_reentrant, training):
+def test_activation_checkpointing(recorder, use_reentrant, training):
     """The forward runs twice, as in eager: so do the running statistics' updates."""
     results = []
     for name in ("auto", "eager"):
@@ -221,7 +231,7 @@ def freeze_all_but_the_last(net):
 @pytest.mark.parametrize("freeze, parameter_sums", [
     (freeze_batch_norms, 0), (freeze_stem, 4), (freeze_all_but_the_last, 1),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
-def test_frozen_weights_cost_nothing(freeze, parameter_sums):
+def test_frozen_weights_cost_nothing(recorder, freeze, parameter_sums):
     net = small_net()
     freeze(net)
     with Calls() as calls:
@@ -233,7 +243,7 @@ def test_frozen_weights_cost_nothing(freeze, parameter_sums):
     assert_like_eager(ours, eager_gradients(True, freeze), rtol=1e-4, atol=1e-6)
 
 
-def test_backward_twice_and_after_changes():
+def test_backward_twice_and_after_changes(recorder):
     """retain_graph works; a saved tensor that changed since is noticed, not used."""
     net = small_net()
     loss = net(images()).square().mean()
@@ -247,7 +257,7 @@ def test_backward_twice_and_after_changes():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_two_forwards_before_one_backward(training):
+def test_two_forwards_before_one_backward(recorder, training):
     """The second forward moves the running statistics, not what the first one saved."""
     results = []
     for name in ("auto", "eager"):
@@ -258,7 +268,7 @@ def test_two_forwards_before_one_backward(training):
     assert_like_eager(*results, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_penalty():
+def test_gradient_penalty(recorder):
     """Double backward through a training net, gradients of gradients by create_graph."""
     results = []
     for name in ("auto", "eager"):
@@ -340,7 +350,7 @@ def test_inference_mode_then_training():
     net(images()).square().mean().backward()
 
 
-def test_autocast_training_has_eagers_dtypes_and_gradients():
+def test_autocast_training_has_eagers_dtypes_and_gradients(recorder):
     results = []
     for name in ("auto", "eager"):
         net = small_net()
@@ -356,7 +366,7 @@ def test_autocast_training_has_eagers_dtypes_and_gradients():
         assert (value - results[1][name]).abs().max() < 0.05 * scale, name
 
 
-def test_autocast_with_a_residual_of_another_dtype():
+def test_autocast_with_a_residual_of_another_dtype(recorder):
     """bf16 from the convolution, fp32 from the shortcut: promoted as eager does."""
     conv, bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
     x = images()
@@ -371,13 +381,122 @@ def test_autocast_with_a_residual_of_another_dtype():
             torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
 
 
-def test_small_maps_are_left_to_eager(monkeypatch):
-    """A custom autograd function costs more than its kernel saves."""
-    monkeypatch.setattr(functional, "_SMALL", 100)
-    for elements, served in ((98, []), (112, ["add_relu", "add_relu_backward"])):
-        input = torch.randn(1, elements // 14, 2, 7, requires_grad=True)
-        with Calls() as calls:
-            output = fastres.functional.add_relu(input, input)
+# --- what the operators save, and how they are recorded -------------------------------------------
+
+
+def one_call(name):
+    """An operator in training: its call, and its leaves by name."""
+    leaves = {"input": spread((2, 3, 5, 4), torch.float32), "weight": torch.randn(3),
+              "bias": torch.randn(3), "filters": spread((3, 3, 3, 3), torch.float32),
+              "residual": spread((2, 3, 5, 4), torch.float32)}  # fmt: skip
+    calls = {
+        "add_relu": (functional.add_relu, "input residual"),
+        "bn_relu": (
+            lambda x, w, b: functional.bn_relu(x, None, None, w, b, training=True),
+            "input weight bias",
+        ),
+        "bn_add_relu": (
+            lambda x, r, w, b: functional.bn_add_relu(x, r, None, None, w, b, training=True),
+            "input residual weight bias",
+        ),
+        "conv_bn": (
+            lambda x, f, w, b: functional.conv_bn(
+                x, f, None, 1, 1, bn_weight=w, bn_bias=b, training=True
+            ),
+            "input filters weight bias",
+        ),
+    }
+    call, operands = calls[name]
+    return call, {k: leaves[k].requires_grad_() for k in operands.split()}
+
+
+SAVED = {  # maps and filters; vectors are not worth counting
+    "add_relu": ["output"], "bn_relu": ["input"], "bn_add_relu": ["input", "output"],
+    "conv_bn": ["input", "filters", "convolved"],
+}  # fmt: skip
+one_by_one = pytest.mark.parametrize("name", SAVED)
+
+
+@one_by_one
+def test_saved_tensors_pass_through_hooks(recorder, name):
+    """A hook may move what is saved elsewhere; no map is saved that backward does not read."""
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor.dim())
+        return tensor.detach().clone(), tensor.requires_grad
+
+    call, leaves = one_call(name)
+    expected = torch.autograd.grad(call(*leaves.values()).square().sum(), [*leaves.values()])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept[0]):
+        output = call(*leaves.values())
+    assert packed.count(4) == len(SAVED[name])
+    ours = torch.autograd.grad(output.square().sum(), [*leaves.values()])
+    assert all(map(torch.equal, ours, expected))
+
+
+@one_by_one
+def test_a_saved_tensor_that_changed_is_not_used(recorder, name):
+    for changed in {"input", "filters", "output"} & set(SAVED[name]):
+        call, leaves = one_call(name)
+        leaves = {k: leaf * 1 for k, leaf in leaves.items()}  # no leaves: they may be written
+        output = call(*leaves.values())
+        with torch.no_grad():
+            (output if changed == "output" else leaves[changed]).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
-        assert calls.names == served
-        assert torch.equal(input.grad, 2.0 * (output > 0))
+
+
+@one_by_one
+def test_a_graph_is_freed_by_backward(recorder, name):
+    call, leaves = one_call(name)
+    loss = call(*leaves.values()).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wanted", ["input", "filters", "weight"])
+def test_only_what_is_asked_for_is_computed(recorder, wanted):
+    """``torch.autograd.grad`` for one of the tensors that ask for gradients."""
+    call, leaves = one_call("conv_bn")
+    output = call(*leaves.values())
+    with Calls() as calls:
+        torch.autograd.grad(output.square().sum(), leaves[wanted])
+    masks = [arguments[-1] for name, arguments in calls.made if name == "bn_relu_backward"]
+    if recorder == "extension":  # Python's functions do not know what a call asks for
+        assert masks == [[wanted != "weight", False, wanted == "weight"]]
+        assert ("conv_wgrad" in calls.names) == (wanted == "filters")
+
+
+@pytest.mark.skipif(ops.extension is None, reason="the compiled extension is not installed")
+def test_the_extension_records_plain_calls():
+    for name in SAVED:
+        call, leaves = one_call(name)
+        expected = "AddReluBackward" if name == "add_relu" else "BnReluBackward"
+        assert call(*leaves.values()).grad_fn.name() == expected
+        with torch.no_grad():
+            assert call(*leaves.values()).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call(*leaves.values())
+    assert output.grad_fn.name() == "BnReluBackward" and output.dtype == torch.bfloat16
+
+
+@one_by_one
+def test_an_error_in_a_hook_is_the_callers(recorder, name):
+    class Full(Exception):
+        pass
+
+    def pack(tensor):
+        raise Full
+
+    call, leaves = one_call(name)
+    with pytest.raises(Full), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        call(*leaves.values())
+
+
+def test_parameters_of_another_dtype_get_gradients_of_theirs(recorder):
+    x = torch.randn(2, 3, 5, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3).bfloat16().requires_grad_()
+    functional.bn_relu(x, None, None, weight, bias, training=True).sum().backward()
+    assert [t.grad.dtype for t in (x, weight, bias)] == [t.dtype for t in (x, weight, bias)]

@@ -307,7 +307,7 @@ def test_convolution_of_anything(data):
     compare(variant, operands, how)
 
 
-SMALL_AND_WRONG = {
+SERVED_BY_EAGER = {
     "broadcast": (lambda x: functional.add_relu(x, x[:, :1]), RuntimeError),
     "promotion": (lambda x: functional.add_relu(x, x.double()), TypeError),
     "int": (lambda x: functional.add_relu(x.int(), x), TypeError),
@@ -326,9 +326,8 @@ SMALL_AND_WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SMALL_AND_WRONG)
-def test_small_maps_that_eager_would_serve_are_refused_too(name, monkeypatch):
-    monkeypatch.setattr(functional, "_SMALL", 16384)
-    call, error = SMALL_AND_WRONG[name]
+@pytest.mark.parametrize("name", SERVED_BY_EAGER)
+def test_what_eager_would_serve_is_refused_in_training_too(name):
+    call, error = SERVED_BY_EAGER[name]
     with pytest.raises(error, match="input|residual"):
         call(torch.randn(2, 3, 5, 7, requires_grad=True))

@@ -266,18 +266,3 @@ def test_compiled_and_plain_models_share_their_parameters():
     assert not torch.allclose(before, after)
     with torch.no_grad(), fastres.backend("eager"):
         torch.testing.assert_close(after, run(twin, images()), rtol=1e-4, atol=1e-5)
-
-
-def test_small_maps_compile_whole(monkeypatch):
-    """What eager serves itself on small maps is fused, in one graph, under a compiler."""
-    monkeypatch.setattr(functional, "_SMALL", 16384)
-    net = fastres.convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
-    graphs = []
-
-    def keep(graph, _):
-        graphs.append(graph.code)
-        return make_boxed_func(graph.forward)
-
-    compiled = torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
-    compiled(torch.randn(2, 4, 6, 6)).sum().backward()
-    assert "fastres.bn_relu.default" in graphs[0] and "fastres.bn_relu_backward" in graphs[1]

@@ -93,6 +93,14 @@ at::Tensor empty_last(at::IntArrayRef size, const at::Tensor& like) {
   return at::empty(size, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+// ATen brings the weights to the activations' memory format in every call. Where the weights are
+// larger than the activations, as behind the last maps of small images, those go to theirs instead.
+bool follows_weights(const at::Tensor& weight, int64_t activations) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  return weight.numel() > activations && output_format(weight) != kLast &&
+         !weight.is_contiguous(kLast);
+}
+
 }  // namespace
 
 at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -100,7 +108,11 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const Optiona
                 int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto aten = [&] {
-    return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    if (!follows_weights(weight, 2 * input.numel())) {
+      return at::conv2d(input, weight, bias, stride, padding, dilation, groups);
+    }
+    return at::conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
+        .contiguous(output_format(input));
   };
   if (input.dim() != 4 || weight.dim() != 4 || input.size(1) != weight.size(1) ||
       (given(bias) && bias->sizes() != weight.sizes().slice(0, 1))) {
@@ -128,9 +140,12 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
                       at::IntArrayRef dilation, int64_t groups) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto aten = [&] {
-    return std::get<0>(at::convolution_backward(grad_output, input, weight, std::nullopt, stride,
-                                                padding, dilation, /*transposed=*/false, {0, 0},
-                                                groups, {true, false, false}));
+    const bool follow = follows_weights(weight, grad_output.numel() + input.numel());
+    const auto y = std::get<0>(at::convolution_backward(
+        follow ? grad_output.contiguous() : grad_output,
+        follow ? empty_in(input, at::MemoryFormat::Contiguous) : input, weight, std::nullopt,
+        stride, padding, dilation, /*transposed=*/false, {0, 0}, groups, {true, false, false}));
+    return follow ? y.contiguous(output_format(input)) : y;
   };
   const auto g = check_geometry(stride, padding, dilation, groups);
   TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_size(input, weight, g)),
@@ -176,11 +191,19 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
   }
   const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
   const auto dtype = widen ? at::kFloat : input.scalar_type();
+  const bool follow = follows_weights(weight, grad_output.numel() + input.numel());
+  const auto operand = [&](const at::Tensor& t) {
+    return follow ? t.to(dtype).contiguous() : t.to(dtype);
+  };
+  const auto x = operand(input);
+  const bool last = output_format(x) == at::MemoryFormat::ChannelsLast ||
+                    output_format(weight) == at::MemoryFormat::ChannelsLast;
+  // Of the weights only the shape counts, but ATen would bring their values to its format, too.
+  const auto shaped = last ? empty_last(weight.sizes(), x) : at::empty(weight.sizes(), x.options());
   const std::array<int64_t, 1> outputs{weight.size(0)};
   const auto [_, grad_weight, grad_bias] = at::convolution_backward(
-      grad_output.to(dtype), input.to(dtype), weight.to(dtype), at::IntArrayRef(outputs), stride,
-      padding, dilation, /*transposed=*/false, {0, 0}, groups,
-      {false, output_mask[0], output_mask[1]});
+      operand(grad_output), x, shaped, at::IntArrayRef(outputs), stride, padding, dilation,
+      /*transposed=*/false, {0, 0}, groups, {false, output_mask[0], output_mask[1]});
   const auto narrow = [&](const at::Tensor& t) {
     return t.defined() ? t.to(weight.scalar_type()) : weight.new_empty({0});
   };

@@ -13,7 +13,7 @@ from .. import sites
 
 def conv_bn_add_act(input, conv, bn, act, residual, via=(), in_place=False):
     """``act(bn(conv(input)) + residual)``, or ``+=``."""
-    output = sites.conv_bn_act_in_eval(input, conv, bn, act, residual, via)
+    output = sites.conv_bn_act_by_extension(input, conv, bn, act, residual, via)
     if output is not None:  # and so the residual fits
         return output
     if in_place and not _fits(residual, input, conv):
