@@ -21,7 +21,7 @@ struct Geometry {
 
   // What is too large to stay in the cache until it is read again is written around it: an ordinary
   // store reads the line first.
-  static constexpr int64_t kStreamBytes = int64_t{8} << 20;
+  static constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
   explicit Geometry(const at::Tensor& input)
       : batch(input.size(0)),

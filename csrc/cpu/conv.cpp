@@ -30,7 +30,7 @@ const float* packed(const FilterView& filters, ConvAlgorithm algorithm) {
   return out;
 }
 
-// In fp32 what Winograd's kernels do faster than oneDNN, in bfloat16 everything where the processor
+// What Winograd's kernels do faster than oneDNN, and in bfloat16 everything where the processor
 // gains nothing by it; else kAten.
 ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const ConvShape& shape,
                            int64_t groups) {
@@ -39,14 +39,15 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (groups != 1 || dtype != weight.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
     return kAten;
   }
+  const bool bf16 = dtype == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kVector;
   if (dtype == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone) {
     const auto algorithm =
         choose_algorithm(shape, {conv_panel(), /*onednn=*/false, /*pack=*/true, /*bf16=*/false});
     return is_own(algorithm) ? algorithm : kAten;
   }
-  if (dtype != at::kFloat) return kAten;
+  if (dtype != at::kFloat && !bf16) return kAten;
   const auto algorithm =
-      choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, /*bf16=*/false});
+      choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, bf16});
   return winograd_tile(algorithm) == 0 ? kAten : algorithm;
 }
 
@@ -69,14 +70,25 @@ bool run(const at::Tensor& input, const FilterView& filters, const OptionalTenso
              : run_as<c10::BFloat16>(x, filters, shift, shape, algorithm, y);
 }
 
+// Pixels up to which MKL's products of matrices are ahead of oneDNN's pointwise convolutions. On
+// processors of other makers than its own MKL does not use their widest vectors.
+int64_t most_product_pixels() {
+#if defined(FASTRES_X86)
+  __builtin_cpu_init();
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel ? 2048 : 1024;
+#else
+  return 2048;
+#endif
+}
+
 // Pointwise convolutions of few pixels, which a plain product of matrices does faster than oneDNN.
 bool is_product(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   constexpr ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-  constexpr int64_t kPixels = 2048;
   return g == kPointwise && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(1) > 1 &&
          weight.size(0) > 1 && x.scalar_type() == at::kFloat &&
          x.scalar_type() == weight.scalar_type() && x.numel() > 0 &&
-         x.size(0) * x.size(2) * x.size(3) <= kPixels;
+         x.size(0) * x.size(2) * x.size(3) <= most_product_pixels();
 }
 
 // (pixels, channels), without a copy where t is in channels_last.
