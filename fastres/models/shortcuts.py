@@ -71,6 +71,7 @@ _WHERE_SHAPES_AGREE: dict[str, Callable[[int, Callable], nn.Module | None]] = {
     "exclusive_gating": lambda planes, norm_layer: Gate(planes),
     "shortcut_gating": lambda planes, norm_layer: Gate(planes, exclusive=False),
     "dropout": lambda planes, norm_layer: nn.Dropout(0.5),
+    "none": lambda planes, norm_layer: None,
 }
 SHORTCUTS = tuple(_WHERE_SHAPES_AGREE)
 
@@ -83,6 +84,8 @@ def make_shortcut(
         raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {kind!r}")
     if stride == 1 and inplanes == planes:
         return _WHERE_SHAPES_AGREE[kind](planes, norm_layer)
+    if kind == "none":
+        return None
     if kind in ("B", "C"):
         return projection(inplanes, planes, stride, norm_layer)
     return PaddedIdentity(inplanes, planes, stride)
