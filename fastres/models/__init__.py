@@ -1,5 +1,6 @@
 """Model families on the fused operators, by name (``create``, ``list_models``) or by function."""
 
+from . import measure
 from .cifar import cifar_resnet, cifar_resnet_wide
 from .densenet import DenseNet, densenet
 from .plain import PlainBlock, cifar_plain, plain18, plain34
@@ -31,6 +32,7 @@ __all__ = [
     "create",
     "densenet",
     "list_models",
+    "measure",
     "plain18",
     "plain34",
     "resnet18",

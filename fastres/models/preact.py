@@ -13,7 +13,7 @@ from .. import sites
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
-from .common import blocks_of_depth, initialise, stem_convolution, stem_pooling
+from .common import blocks_of_depth, convolve, initialise, stem_convolution, stem_pooling
 from .registry import register_depths
 from .shortcuts import PaddedIdentity
 
@@ -36,20 +36,20 @@ def _shortcut(kind: str, inplanes: int, planes: int, stride: int) -> nn.Module |
 class PreActivation(Residual):
     """``conv(... relu(bn2(conv1(relu(bn1(x)))))) + shortcut``: what both kinds of v2 block share.
 
-    A projection sees ``relu(bn1(x))``, an identity ``x`` itself.
+    A projection sees ``relu(bn1(x))``, an identity (padded or not) ``x`` itself.
     """
 
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
         active = sites.bn_act(x, self.bn1, self.relu)
         branch = self.branch(active)
-        if self.downsample is not None and skipped is x:
-            return torch.add(self.downsample(active), branch, alpha=scale)
+        if skipped is x and isinstance(self.downsample, nn.Conv2d):
+            return torch.add(convolve(active, self.downsample), branch, alpha=scale)
         return torch.add(self.without_branch(skipped), branch, alpha=scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
-        if self.downsample is None:
-            return x
-        return self.downsample(sites.bn_act(x, self.bn1, self.relu))
+        if isinstance(self.downsample, nn.Conv2d):
+            return convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
+        return x if self.downsample is None else self.downsample(x)
 
     def branch(self, active: Tensor) -> Tensor:
         """The convolutions, from ``relu(bn1(x))`` on."""
@@ -77,7 +77,7 @@ class PreActBlock(PreActivation):
 
     def branch(self, active: Tensor) -> Tensor:
         out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return self.conv2(out if self.dropout is None else self.dropout(out))
+        return convolve(out if self.dropout is None else self.dropout(out), self.conv2)
 
 
 class PreActBottleneck(PreActivation):
@@ -102,7 +102,7 @@ class PreActBottleneck(PreActivation):
 
     def branch(self, active: Tensor) -> Tensor:
         out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return self.conv3(sites.conv_bn_act(out, self.conv2, self.bn3, self.relu))
+        return convolve(sites.conv_bn_act(out, self.conv2, self.bn3, self.relu), self.conv3)
 
 
 class PreActResNet(nn.Module):
@@ -151,7 +151,7 @@ class PreActResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(fastest(x))
+        x = convolve(fastest(x), self.conv1)
         if self.maxpool is not None:
             x = self.maxpool(x)
         for stage in self.stages[1:-1]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory_format import has_channels_last_strides
 from ..nn import conv1x1
 from ..residual import Weighing
 
@@ -26,7 +27,10 @@ class PaddedIdentity(nn.Module):
         self.stride, self.padding = stride, planes - inplanes
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
+        pixels = x[:, :, :: self.stride, :: self.stride]
+        if has_channels_last_strides(x):  # which padding does not see in such a slice
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return F.pad(pixels, (0, 0, 0, 0, 0, self.padding))
 
 
 class ConstantScaling(Weighing):
