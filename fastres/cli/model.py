@@ -1,0 +1,111 @@
+"""The model that the command line names, with its weights."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import compat, models
+from .common import UserError, did_you_mean
+
+FAMILIES = ("torchvision", "timm", "fastres")
+
+
+def build_model(spec: str, weights: Path | None = None) -> nn.Module:
+    """The model that ``spec`` names, with weights drawn from seed 0 or read from ``weights``.
+
+    Nothing is downloaded. Raises :class:`UserError` for a name that is not known.
+    """
+    family, separator, name = spec.partition(":")
+    if not (separator and family and name):
+        raise UserError(
+            f"MODEL: expected FAMILY:NAME such as torchvision:resnet50, got {spec!r}"
+            + did_you_mean(f"torchvision:{spec}", [f"torchvision:{spec}"])
+        )
+    torch.manual_seed(0)
+    try:
+        if family == "torchvision":
+            model = _torchvision_model(name)
+        elif family == "timm":
+            model = _timm_model(name)
+        elif family == "fastres":
+            model = _known(name, [n for n in models.__all__ if n.islower()], "fastres.models")
+            model = getattr(models, model)()
+        else:
+            model = _user_model(family, name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"MODEL {spec!r}: {error}") from error
+    if weights is not None:
+        _load(model, weights)
+    return model
+
+
+def _torchvision_model(name: str) -> nn.Module:
+    library = compat.import_torchvision().models
+    builder = library.get_model_builder(_known(name, library.list_models(), "torchvision"))
+    # A backbone's weights would be downloaded by default.
+    backbone = "weights_backbone" in inspect.signature(builder).parameters
+    return builder(weights=None, **({"weights_backbone": None} if backbone else {}))
+
+
+def _timm_model(name: str) -> nn.Module:
+    timm = compat.import_timm()
+    return timm.create_model(_known(name, timm.list_models(), "timm"), pretrained=False)
+
+
+def _user_model(module: str, name: str) -> nn.Module:
+    # A console script, unlike python -m, does not look for modules where it is called.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        holder = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"MODEL: no module named {error.name!r}{did_you_mean(module, FAMILIES)}"
+        ) from error
+    built = getattr(holder, _known(name, dir(holder), module))
+    if isinstance(built, nn.Module):
+        return built
+    if not callable(built):
+        raise UserError(f"MODEL: expected a callable, {module}:{name} is {type(built).__name__}")
+    try:
+        inspect.signature(built).bind()
+    except TypeError as error:
+        raise UserError(
+            f"MODEL: {module}:{name} must be callable without arguments: {error}"
+        ) from None
+    model = built()
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"MODEL: expected {module}:{name}() to return a torch.nn.Module, "
+            f"got {type(model).__name__}"
+        )
+    return model
+
+
+def _known(name: str, names: Sequence[str], where: str) -> str:
+    if name not in names:
+        raise UserError(f"MODEL: {where} has no {name!r}{did_you_mean(name, names)}")
+    return name
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"--weights: no such file: {file}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what the unpickler, zipfile or struct raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--weights: {file} is no file of tensors: {reason}") from error
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--weights: {file} does not fit the model: {reason[:300]}") from error
