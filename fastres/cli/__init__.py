@@ -1,6 +1,7 @@
-"""The command ``fastres``: what is installed, and a model as fastres serves it beside eager.
+"""The command ``fastres``: look at, compare, train and evaluate models as fastres serves them.
 
-Exit status: 0 done and agreed, 1 fastres disagrees with eager, 2 wrong use (said in one line).
+Exit status: 0 done and agreed, 1 fastres disagrees with eager, 2 wrong use (said in one line),
+128 and the signal's number where training was interrupted.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import fastres
 
 from ..compare import ProviderError
-from . import compare, info, summary
+from . import compare, evaluate, info, summary, train
 from .common import UserError
 from .images import MEAN, STD, batches_of, default_images, load_images
 from .model import build_model
@@ -26,7 +27,7 @@ __all__ = [
     "main",
 ]
 
-COMMANDS = (info, summary, compare)
+COMMANDS = (info, summary, compare, train, evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

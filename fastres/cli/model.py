@@ -16,10 +16,13 @@ from .common import UserError, did_you_mean
 FAMILIES = ("torchvision", "timm", "fastres")
 
 
-def build_model(spec: str, weights: Path | None = None) -> nn.Module:
-    """The model that ``spec`` names, with weights drawn from seed 0 or read from ``weights``.
+def build_model(
+    spec: str, weights: Path | None = None, seed: int = 0, options: dict | None = None
+) -> nn.Module:
+    """The model that ``spec`` names, with weights drawn from ``seed`` or read from ``weights``.
 
-    Nothing is downloaded. Raises :class:`UserError` for a name that is not known.
+    ``options`` are given to what builds it. Nothing is downloaded. Raises :class:`UserError` for a
+    name that is not known or options that do not fit.
     """
     family, separator, name = spec.partition(":")
     if not (separator and family and name):
@@ -27,17 +30,9 @@ def build_model(spec: str, weights: Path | None = None) -> nn.Module:
             f"MODEL: expected FAMILY:NAME such as torchvision:resnet50, got {spec!r}"
             + did_you_mean(f"torchvision:{spec}", [f"torchvision:{spec}"])
         )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     try:
-        if family == "torchvision":
-            model = _torchvision_model(name)
-        elif family == "timm":
-            model = _timm_model(name)
-        elif family == "fastres":
-            model = _known(name, [n for n in models.__all__ if n.islower()], "fastres.models")
-            model = getattr(models, model)()
-        else:
-            model = _user_model(family, name)
+        model = _build(family, name, options or {})
     except ModuleNotFoundError as error:
         raise UserError(f"MODEL {spec!r}: {error}") from error
     if weights is not None:
@@ -45,20 +40,46 @@ def build_model(spec: str, weights: Path | None = None) -> nn.Module:
     return model
 
 
-def _torchvision_model(name: str) -> nn.Module:
+def build_classifier(spec: str, classes: int, channels: int, seed: int, given: dict) -> nn.Module:
+    """The model that ``spec`` names for images of ``channels`` and so many ``classes``.
+
+    ``given`` are options of the user's, which come first. A model of the user's own is told of
+    classes and channels as far as it takes arguments of these names.
+    """
+    family, _, name = spec.partition(":")
+    options = {"num_classes": classes}
+    if channels != 3:
+        options["in_chans" if family == "timm" else "in_channels"] = channels
+    if family not in FAMILIES:
+        options = {key: value for key, value in options.items() if key in _takes(family, name)}
+    try:
+        return build_model(spec, seed=seed, options=options | given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"MODEL {spec}: {error}") from error
+
+
+def _build(family: str, name: str, options: dict) -> nn.Module:
+    if family == "torchvision":
+        return _torchvision_model(name, options)
+    if family == "timm":
+        timm = compat.import_timm()
+        name = _known(name, timm.list_models(), "timm")
+        return timm.create_model(name, pretrained=False, **options)
+    if family == "fastres":
+        name = _known(name, [n for n in models.__all__ if n.islower()], "fastres.models")
+        return getattr(models, name)(**options)
+    return _user_model(family, name, options)
+
+
+def _torchvision_model(name: str, options: dict) -> nn.Module:
     library = compat.import_torchvision().models
     builder = library.get_model_builder(_known(name, library.list_models(), "torchvision"))
     # A backbone's weights would be downloaded by default.
     backbone = "weights_backbone" in inspect.signature(builder).parameters
-    return builder(weights=None, **({"weights_backbone": None} if backbone else {}))
+    return builder(weights=None, **({"weights_backbone": None} if backbone else {}), **options)
 
 
-def _timm_model(name: str) -> nn.Module:
-    timm = compat.import_timm()
-    return timm.create_model(_known(name, timm.list_models(), "timm"), pretrained=False)
-
-
-def _user_model(module: str, name: str) -> nn.Module:
+def _user_attribute(module: str, name: str):
     # A console script, unlike python -m, does not look for modules where it is called.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -70,24 +91,38 @@ def _user_model(module: str, name: str) -> nn.Module:
         raise UserError(
             f"MODEL: no module named {error.name!r}{did_you_mean(module, FAMILIES)}"
         ) from error
-    built = getattr(holder, _known(name, dir(holder), module))
+    return getattr(holder, _known(name, dir(holder), module))
+
+
+def _takes(module: str, name: str) -> list[str]:
+    """The names of the arguments of a callable of the user's."""
+    built = _user_attribute(module, name)
+    return list(inspect.signature(built).parameters) if callable(built) else []
+
+
+def _user_model(module: str, name: str, options: dict) -> nn.Module:
+    built = _user_attribute(module, name)
     if isinstance(built, nn.Module):
         return built
     if not callable(built):
         raise UserError(f"MODEL: expected a callable, {module}:{name} is {type(built).__name__}")
     try:
-        inspect.signature(built).bind()
+        inspect.signature(built).bind(**options)
     except TypeError as error:
         raise UserError(
-            f"MODEL: {module}:{name} must be callable without arguments: {error}"
+            f"MODEL: {module}:{name} must be callable {_with(options)}: {error}"
         ) from None
-    model = built()
+    model = built(**options)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"MODEL: expected {module}:{name}() to return a torch.nn.Module, "
             f"got {type(model).__name__}"
         )
     return model
+
+
+def _with(options: dict) -> str:
+    return f"with {', '.join(options)}" if options else "without arguments"
 
 
 def _known(name: str, names: Sequence[str], where: str) -> str:
