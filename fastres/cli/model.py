@@ -66,8 +66,10 @@ def _build(family: str, name: str, options: dict) -> nn.Module:
         name = _known(name, timm.list_models(), "timm")
         return timm.create_model(name, pretrained=False, **options)
     if family == "fastres":
-        name = _known(name, [n for n in models.__all__ if n.islower()], "fastres.models")
-        return getattr(models, name)(**options)
+        try:
+            return models.create(name, **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"MODEL: {error}") from error
     return _user_model(family, name, options)
 
 

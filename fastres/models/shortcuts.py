@@ -17,16 +17,19 @@ from ..residual import Weighing
 
 
 class PaddedIdentity(nn.Module):
-    """Option A: every ``stride``-th pixel, with channels of zeros behind; it has no parameters."""
+    """Option A: every ``stride``-th pixel between channels of zeros, as many before as behind, which
+    is what published weights were trained with; it has no parameters."""
 
     def __init__(self, inplanes: int, planes: int, stride: int):
         super().__init__()
         if planes < inplanes:
             raise ValueError(f"planes: expected at least {inplanes} (padding), got {planes}")
-        self.stride, self.padding = stride, planes - inplanes
+        self.stride, self.before = stride, (planes - inplanes) // 2
+        self.behind = planes - inplanes - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
+        taken = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(taken, (0, 0, 0, 0, self.before, self.behind))
 
 
 class ConstantScaling(Weighing):

@@ -2,8 +2,8 @@
 
 import io
 import os
-import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,17 +18,17 @@ def write_atomically(file: Path, content: bytes) -> None:
 
     Raises :class:`TrainingError` where the disk is full or the folder cannot be written.
     """
-    handle, name = -1, ""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "wb") as stream:
+        with open(part, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(name, file)
+        os.replace(part, file)
     except OSError as error:
-        Path(name).unlink(missing_ok=True) if name else None
-        kept = f"; the file of before is kept: {file}" if file.exists() else ""
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        kept = f"; what was saved before is kept in {file}" if file.exists() else ""
         raise TrainingError(f"cannot save {file}: {error.strerror}{kept}") from error
 
 
@@ -65,12 +65,24 @@ def load(file: Path) -> dict:
 
 
 def load_weights(model: torch.nn.Module, weights: dict, file: Path) -> None:
-    """``weights`` into ``model``, all of them.
+    """``weights`` into ``model``, all of them; as they are, or as scripts in use save them: under
+    "state_dict", out of DistributedDataParallel, with the last layer called ``linear``.
 
     Raises :class:`TrainingError` where they are another model's.
     """
+    weights = weights.get("state_dict", weights)
+    own = model.state_dict()
+    renamed = {_own_name(name, own): value for name, value in weights.items()}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(renamed)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise TrainingError(f"checkpoint: {file} is of another model: {reason}") from error
+
+
+def _own_name(name: str, own: dict) -> str:
+    short = name.removeprefix("module.")
+    for candidate in (name, short, short.replace("linear.", "fc.", 1)):
+        if candidate in own:
+            return candidate
+    return name
