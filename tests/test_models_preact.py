@@ -84,7 +84,9 @@ class EagerBlock(nn.Module):
         if hasattr(self, "downsample"):
             return out + self.downsample(first)
         x = x[:, :, :: self.stride, :: self.stride]
-        return out + torch.cat((x, x.new_zeros(x.shape[0], self.missing, *x.shape[2:])), 1)
+        zeros = x.new_zeros(x.shape[0], self.missing, *x.shape[2:])
+        before, behind = zeros.tensor_split((self.missing // 2,), 1)
+        return out + torch.cat((before, x, behind), 1)
 
 
 class EagerV2(nn.Module):

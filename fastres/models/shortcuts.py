@@ -18,19 +18,21 @@ from ..residual import Weighing
 
 
 class PaddedIdentity(nn.Module):
-    """Option A: every ``stride``-th pixel, with channels of zeros behind; it has no parameters."""
+    """Option A: every ``stride``-th pixel between channels of zeros, as many before as behind, which
+    is what published weights were trained with; it has no parameters."""
 
     def __init__(self, inplanes: int, planes: int, stride: int):
         super().__init__()
         if planes < inplanes:
             raise ValueError(f"planes: expected at least {inplanes} (padding), got {planes}")
-        self.stride, self.padding = stride, planes - inplanes
+        self.stride, self.before = stride, (planes - inplanes) // 2
+        self.behind = planes - inplanes - self.before
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x[:, :, :: self.stride, :: self.stride]
         if has_channels_last_strides(x):  # which padding does not see in such a slice
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return F.pad(pixels, (0, 0, 0, 0, 0, self.padding))
+        return F.pad(pixels, (0, 0, 0, 0, self.before, self.behind))
 
 
 class ConstantScaling(Weighing):
