@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from . import sites
+from .residual import Residual, end, end_without_branch
 
 
 class ConvBNReLU(nn.Module):
@@ -79,7 +80,7 @@ def conv1x1(in_planes: int, out_planes: int, stride=1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Residual):
     """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`` with 3x3 convolutions.
 
     Arguments and names as ``torchvision.models.resnet.BasicBlock``. He et al. 2015, figure 2.
@@ -109,16 +110,20 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
         out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        return sites.conv_bn_act(out, self.conv2, self.bn2, self.relu, shortcut(self, x))
+        return end(out, self.conv2, self.bn2, self.relu, self.downsample, skipped, scale)
+
+    def without_branch(self, x: Tensor) -> Tensor:
+        return end_without_branch(self.relu, self.downsample, x)
 
 
-class Bottleneck(nn.Module):
-    """1x1 reduce, 3x3 (which carries the stride: "v1.5"), 1x1 expand by 4, plus the shortcut.
+class Bottleneck(Residual):
+    """1x1 reduce, 3x3, 1x1 expand by 4, plus the shortcut.
 
     Arguments and names as ``torchvision.models.resnet.Bottleneck``. He et al. 2015, figure 5;
-    ``groups`` and ``base_width`` make it a ResNeXt or Wide ResNet block.
+    ``groups`` and ``base_width`` make it a ResNeXt or Wide ResNet block. The stride is on the 3x3
+    convolution ("v1.5"), or as in the paper on the first 1x1 with ``stride_on="1x1"`` ("v1").
     """
 
     expansion: int = 4
@@ -126,14 +131,17 @@ class Bottleneck(nn.Module):
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
         groups: int = 1, base_width: int = 64, dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None, stride_on: str = "3x3",
     ):  # fmt: skip
         super().__init__()
+        if stride_on not in ("1x1", "3x3"):
+            raise ValueError(f"stride_on: expected '1x1' or '3x3', got {stride_on!r}")
+        strides = (stride, 1) if stride_on == "1x1" else (1, stride)
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
+        self.conv1 = conv1x1(inplanes, width, strides[0])
         self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, strides[1], groups, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
@@ -141,17 +149,10 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
         out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
         out = sites.conv_bn_act(out, self.conv2, self.bn2, self.relu)
-        return sites.conv_bn_act(out, self.conv3, self.bn3, self.relu, shortcut(self, x))
+        return end(out, self.conv3, self.bn3, self.relu, self.downsample, skipped, scale)
 
-
-def shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
-    """``block.downsample(x)``, fused where it is torchvision's ``Sequential(conv, bn)``; x if None."""
-    downsample = block.downsample
-    if downsample is None:
-        return x
-    if sites.is_conv_bn(downsample):
-        return sites.conv_bn_act(x, *downsample)
-    return downsample(x)
+    def without_branch(self, x: Tensor) -> Tensor:
+        return end_without_branch(self.relu, self.downsample, x)

@@ -13,6 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from ..backend import serving
+from ..memory_format import has_channels_last_strides, to_channels_last
 
 ALWAYS, IN_EVAL = "always", "in eval"  # what an entry's _fastres_entry says
 
@@ -24,7 +25,7 @@ def run(function, module: nn.Module, args: tuple):
     """``function(module, *args)``, in channels_last if that serves."""
     if not _applies(module, args):
         return function(module, *args)
-    output = function(module, *(_channels_last(arg) if _is_image(arg) else arg for arg in args))
+    output = function(module, *(to_channels_last(arg) if _is_image(arg) else arg for arg in args))
     return _contiguous(output)
 
 
@@ -33,7 +34,7 @@ def _applies(module: nn.Module, args: tuple) -> bool:
     return (
         image is not None
         and image.is_contiguous()
-        and not _has_channels_last_strides(image)
+        and not has_channels_last_strides(image)
         and image.numel() > 0
         and not (module.training and module._fastres_entry == IN_EVAL)
         and not torch.compiler.is_compiling()
@@ -49,18 +50,6 @@ def _is_image(value) -> bool:
         and value.device.type == "cpu"
         and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
-
-
-def _has_channels_last_strides(image: Tensor) -> bool:
-    """Also right where one channel or a 1x1 map is contiguous in either format."""
-    return image.stride(1) == 1 and image.is_contiguous(memory_format=torch.channels_last)
-
-
-def _channels_last(image: Tensor) -> Tensor:
-    n, c, h, w = image.shape
-    if c == 1:  # contiguous in both formats: only the strides tell
-        return image.as_strided((n, c, h, w), (h * w, 1, w, 1))
-    return image.contiguous(memory_format=torch.channels_last)
 
 
 def _contiguous(output):

@@ -1,0 +1,49 @@
+"""The command ``fastres``: look at, compare, train and evaluate models as fastres serves them.
+
+Exit status: 0 done and agreed, 1 fastres disagrees with eager, 2 wrong use (said in one line),
+128 and the signal's number where training was interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fastres
+
+from ..compare import ProviderError
+from . import compare, evaluate, info, lesion, summary, table, train
+from .common import UserError
+from .images import MEAN, STD, batches_of, default_images, load_images
+from .model import build_model
+
+__all__ = [
+    "MEAN",
+    "STD",
+    "UserError",
+    "batches_of",
+    "build_model",
+    "default_images",
+    "load_images",
+    "main",
+]
+
+COMMANDS = (info, summary, compare, table, train, evaluate, lesion)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with ``arguments`` (default: the process's); returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (UserError, ProviderError) as error:
+        print(f"fastres: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastres", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"fastres {fastres.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,77 @@
+"""What the families share: stems, bare convolutions, initialisation, depths."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from .. import sites
+from ..nn import BasicBlock, Bottleneck
+
+STEMS = ("imagenet", "cifar")
+
+
+def _known(stem: str) -> str:
+    if stem not in STEMS:
+        raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
+    return stem
+
+
+def stem_convolution(stem: str, in_channels: int, planes: int) -> nn.Conv2d:
+    """7x7 at stride 2 for ImageNet, 3x3 at stride 1 for CIFAR."""
+    kernel, stride = (7, 2) if _known(stem) == "imagenet" else (3, 1)
+    return nn.Conv2d(in_channels, planes, kernel, stride, kernel // 2, bias=False)
+
+
+def stem_pooling(stem: str) -> nn.Module | None:
+    """3x3 at stride 2 for ImageNet, none for CIFAR."""
+    return nn.MaxPool2d(3, stride=2, padding=1) if _known(stem) == "imagenet" else None
+
+
+def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(input)``, for a convolution that no batch norm follows.
+
+    In inference on a CPU it runs on fastres' own convolutions, whose weights are packed once: a
+    batch norm that changes nothing is what they fold.
+    """
+    if torch.is_grad_enabled() or input.device.type != "cpu" or torch.compiler.is_compiling():
+        return conv(input)
+    if input.dtype != conv.weight.dtype or sites.why_not_conv(conv):
+        return conv(input)
+    return sites.conv_bn_act(input, conv, _unchanging(conv.out_channels, input.dtype))
+
+
+@functools.cache
+def _unchanging(channels: int, dtype: torch.dtype) -> nn.BatchNorm2d:
+    """A batch norm whose scale is 1 and whose shift is 0."""
+    with torch.inference_mode(False):
+        return nn.BatchNorm2d(channels, eps=0.0, affine=False, device="cpu", dtype=dtype).eval()
+
+
+def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:
+    """He et al. 2015, "Delving Deep into Rectifiers"; with ``zero_init_residual`` every v1 block
+    starts as the identity (Goyal et al. 2017, section 5.1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if zero_init_residual:
+        for module in model.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+
+def blocks_of_depth(depth: int, layers_a_block: int, stages: int = 3, others: int = 2) -> int:
+    """Blocks a stage for ``depth`` counted layers: ``others`` beside ``stages`` equal stages.
+
+    Raises ``ValueError`` for a depth that does not fit, with the nearest that do.
+    """
+    step = layers_a_block * stages
+    blocks, rest = divmod(depth - others, step) if isinstance(depth, int) else (0, 1)
+    if rest or blocks < 1:
+        near = [n for n in (blocks * step + others, (blocks + 1) * step + others) if n > others]
+        raise ValueError(
+            f"depth: expected {step}n+{others} (such as {', '.join(map(str, near))}), got {depth!r}"
+        )
+    return blocks

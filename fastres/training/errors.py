@@ -1,0 +1,26 @@
+"""What goes wrong in training through no fault of the code."""
+
+import hashlib
+import importlib
+from types import ModuleType
+
+
+class TrainingError(Exception):
+    """Wrong settings, unusable data, a damaged checkpoint, a full disk: said in one line."""
+
+
+def library(name: str) -> ModuleType:
+    """The module ``name``, which only training needs."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise TrainingError(
+            f"training needs {error.name}, which is not installed: pip install 'fastres[train]'"
+        ) from error
+
+
+def derive(*numbers: int) -> int:
+    """A seed from ``numbers``: unrelated ones for neighbours, the same on every machine."""
+    text = " ".join(map(str, numbers)).encode()
+    # PyTorch's generator for the CPU looks at 32 bits of its seed
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest())
