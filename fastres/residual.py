@@ -18,9 +18,11 @@ class Residual(nn.Module):
         survival: the probability that the branch is kept in training, drawn once a call (Huang et
             al. 2016, "Deep Networks with Stochastic Depth", section 3); in eval the branch is
             multiplied by it. 1 is an ordinary block, 0 one whose branch is deleted (a lesion).
+        has_shortcut: False for the blocks of plain networks, which have the branch alone.
     """
 
     survival = 1.0
+    has_shortcut = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.survival == 1.0:
@@ -36,6 +38,11 @@ class Residual(nn.Module):
     def without_branch(self, x: Tensor) -> Tensor:
         """``end(shortcut(x))``: costs what the shortcut does."""
         raise NotImplementedError
+
+
+def residual_blocks(model: nn.Module) -> list[Residual]:
+    """The residual (and plain) blocks inside ``model``, from its input on."""
+    return [module for module in model.modules() if isinstance(module, Residual)]
 
 
 class Weighing(nn.Module):

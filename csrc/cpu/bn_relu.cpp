@@ -129,15 +129,39 @@ void row_statistics(const Geometry& g, const T* x, const BnReluKernels<T>& kerne
   for (int64_t c = 0; c < n; ++c) channels.set_batch(c, sum[c], m2[c]);
 }
 
+// How far apart the rows of a channels_last activation are: its channels, or more where it is a
+// slice of channels of a larger one (a DenseNet's layers read the first of a common buffer). None
+// for other strides.
+std::optional<int64_t> row_stride(const at::Tensor& x) {
+  if (x.size(1) < 2 || x.stride(1) != 1) return std::nullopt;
+  int64_t stride = x.size(1);
+  for (const int64_t d : {0, 2, 3}) {  // the innermost map dimension that has a stride to speak of
+    if (x.size(d) > 1) stride = x.stride(d);
+  }
+  int64_t expected = stride;
+  for (const int64_t d : {3, 2, 0}) {
+    if (x.size(d) > 1 && x.stride(d) != expected) return std::nullopt;
+    expected *= x.size(d);
+  }
+  return stride >= x.size(1) ? std::optional(stride) : std::nullopt;
+}
+
 template <typename T>
-void forward(const Geometry& g, const T* x, const T* residual, T* y, const Arguments& a,
-             Channels<acc_t<T>>& channels) {
+void forward(const Geometry& g, const T* x, int64_t stride, const T* residual, T* y,
+             const Arguments& a, Channels<acc_t<T>>& channels) {
   static const auto kernels = FASTRES_SELECT_KERNELS(bn_relu_kernels, T);
   if (!a.training) channels.set_running(*a.running_mean, *a.running_var);
   if (g.rows) {
     if (a.training) row_statistics(g, x, kernels, channels);
     const auto k = channels.template coefficients<T>(0);
     for_all_rows(g, [&](int64_t begin, int64_t end) {
+      if (stride != g.channels) {
+        for (int64_t row = begin; row < end; ++row) {
+          kernels.row_apply(x + row * stride, nullptr, y + row * g.channels,
+                            g.row_runs(1, g.channels), k, a.relu);
+        }
+        return;
+      }
       const int64_t i = begin * g.channels;
       kernels.row_apply(x + i, residual ? residual + i : nullptr, y + i,
                         g.row_runs(end - begin, g.channels), k, a.relu);
@@ -167,18 +191,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
   const Arguments a{running_mean, running_var, weight, bias, training, momentum, eps, relu};
   check_arguments(input, residual, a);
   const auto format = output_format(input);
-  const auto x = input.contiguous(format);
+  const bool sliced = !training && !given(residual) && format == at::MemoryFormat::ChannelsLast &&
+                      !input.is_contiguous(format) && row_stride(input);
+  const auto x = sliced ? input : input.contiguous(format);
   const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
   auto output = empty_in(input, format);
   Geometry g(x);
   g.will_write(output.const_data_ptr());
+  g.stream = g.stream && !sliced;  // rows are written one by one, and each would end in a fence
   const auto statistics = input.options().dtype(accumulate_dtype(input.scalar_type()));
   auto save_mean = at::empty({g.channels}, statistics);
   auto save_invstd = at::empty({g.channels}, statistics);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu", [&] {
     using A = acc_t<scalar_t>;
     Channels<A> channels(g, a, save_mean.mutable_data_ptr<A>(), save_invstd.mutable_data_ptr<A>());
-    forward<scalar_t>(g, x.const_data_ptr<scalar_t>(),
+    forward<scalar_t>(g, x.const_data_ptr<scalar_t>(), sliced ? *row_stride(x) : g.channels,
                       r.defined() ? r.const_data_ptr<scalar_t>() : nullptr,
                       output.mutable_data_ptr<scalar_t>(), a, channels);
     if (training && g.numel() > 0) channels.update_running(a);

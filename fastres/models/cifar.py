@@ -7,6 +7,7 @@ planes, 6n+2 layers; shortcuts are padded identities (option A).
 from collections.abc import Sequence
 
 from ..nn import BasicBlock
+from ..residual import Residual
 from .common import blocks_of_depth
 from .registry import register, register_depths
 from .resnet import ResNet
@@ -15,9 +16,9 @@ DEPTHS = (20, 32, 44, 56, 110, 1202)
 _CIFAR = {"num_classes": 10, "stem": "cifar", "widths": (16, 32, 64), "shortcut": "A"}
 
 
-def cifar_resnet(depth: int = 20, **options) -> ResNet:
+def cifar_resnet(depth: int = 20, block: type[Residual] = BasicBlock, **options) -> ResNet:
     """The CIFAR ResNet of 6n+2 layers. Options as :class:`ResNet`'s."""
-    return ResNet(BasicBlock, [blocks_of_depth(depth, 2)] * 3, **(_CIFAR | options))
+    return ResNet(block, [blocks_of_depth(depth, 2)] * 3, **(_CIFAR | options))
 
 
 def cifar_resnet_wide(n: int = 1, widths: Sequence[int] = (64, 128, 256), **options) -> ResNet:

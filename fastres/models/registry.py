@@ -96,5 +96,7 @@ def _at_any_depth(name: str) -> _Model:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    names = sorted(names, key=_with_numbers)
+    near = [n for n in names if n.startswith(name)][:3]
+    near = near or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""

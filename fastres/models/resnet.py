@@ -71,7 +71,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index + 1}", stage)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
-        self._stages = tuple(f"layer{index + 1}" for index in range(len(layers)))
+        self.stages = ("conv1", *(f"layer{index + 1}" for index in range(len(layers))), "fc")
         initialise(self, zero_init_residual)
 
     def _make_layer(self, block, planes: int, blocks: int, stride: int = 1, dilate: bool = False):
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
         x = sites.conv_bn_act(fastest(x), self.conv1, self.bn1, self.relu)
         if self.maxpool is not None:
             x = self.maxpool(x)
-        for stage in self._stages:
+        for stage in self.stages[1:-1]:
             x = self._modules[stage](x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory_format import has_channels_last_strides
 from ..nn import conv1x1
 from ..residual import Weighing
 
@@ -28,8 +29,10 @@ class PaddedIdentity(nn.Module):
         self.behind = planes - inplanes - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        taken = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(taken, (0, 0, 0, 0, self.before, self.behind))
+        pixels = x[:, :, :: self.stride, :: self.stride]
+        if has_channels_last_strides(x):  # which padding does not see in such a slice
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return F.pad(pixels, (0, 0, 0, 0, self.before, self.behind))
 
 
 class ConstantScaling(Weighing):
@@ -74,6 +77,7 @@ _WHERE_SHAPES_AGREE: dict[str, Callable[[int, Callable], nn.Module | None]] = {
     "exclusive_gating": lambda planes, norm_layer: Gate(planes),
     "shortcut_gating": lambda planes, norm_layer: Gate(planes, exclusive=False),
     "dropout": lambda planes, norm_layer: nn.Dropout(0.5),
+    "none": lambda planes, norm_layer: None,
 }
 SHORTCUTS = tuple(_WHERE_SHAPES_AGREE)
 
@@ -86,6 +90,8 @@ def make_shortcut(
         raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {kind!r}")
     if stride == 1 and inplanes == planes:
         return _WHERE_SHAPES_AGREE[kind](planes, norm_layer)
+    if kind == "none":
+        return None
     if kind in ("B", "C"):
         return projection(inplanes, planes, stride, norm_layer)
     return PaddedIdentity(inplanes, planes, stride)

@@ -1,0 +1,100 @@
+"""DenseNet: torchvision's numbers and names, and no copy of all channels once a layer."""
+
+import copy
+
+import pytest
+import torch
+from agreement import Calls
+from families import assert_same_network, count, fill, trace
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastres
+
+
+@pytest.mark.parametrize("depth", [121, 161, 169, 201])
+def test_state_dicts_are_torchvisions(torchvision, depth):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"densenet{depth}")()
+        ours = fastres.models.densenet(depth)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert count(f"densenet{depth}") == sum(p.numel() for p in theirs.parameters())
+
+
+def test_parameters_and_shapes_of_the_paper():
+    assert count("densenet121") == 7_978_856 and count("densenet161") == 28_681_000
+    assert trace("densenet121", 224) == [
+        (64, 112), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (1024, 7),
+        (1000,),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [
+    {"block_config": (2, 3), "growth_rate": 8, "num_init_features": 12},
+    {"block_config": (1, 2, 1), "growth_rate": 5, "bn_size": 2, "num_init_features": 7},
+], ids=["even", "odd"])  # fmt: skip
+@pytest.mark.parametrize("size", [(64, 64), (61, 67)], ids=str)
+def test_it_is_torchvisions_network(one_thread, torchvision, options, size):
+    theirs = torchvision.models.DenseNet(num_classes=5, **options)
+    ours = fastres.models.DenseNet(num_classes=5, **options)
+    assert_same_network(ours, theirs, torch.randn(3, 3, *size))
+
+
+class Copies(TorchDispatchMode):
+    """Counts elements that are copied or concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket._qualified_op_name in ("aten::cat", "aten::copy_", "aten::clone"):
+            self.elements += output.numel()
+        return output
+
+
+def test_inference_copies_every_channel_once(one_thread):
+    block = fill(fastres.models.DenseNet(8, (6,), 16, num_classes=2).eval()).features.denseblock1
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad(), Copies() as copies, Calls() as calls:
+        output = block(x)
+    assert output.shape == (2, 64, 8, 8) and output.is_contiguous(memory_format=torch.channels_last)
+    assert copies.elements == output.numel()
+    assert calls.names == ["bn_relu", "conv_bn_relu", "conv_bn_relu"] * 6
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        block(x)
+    written = [e.name for e in profile.events() if e.name in ("aten::cat", "aten::copy_")]
+    assert len(written) == 7, "the block's input, and each layer's channels"
+    recorded = block(x)  # with a graph: concatenated layer by layer
+    assert recorded.requires_grad
+    torch.testing.assert_close(output, recorded.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_block_in_any_format(layout):
+    block = fill(fastres.models.DenseNet(5, (3,), 7, num_classes=2).eval()).features.denseblock1
+    for size in ((2, 7, 5, 3), (1, 7, 1, 1), (3, 7, 1, 4)):
+        x = torch.randn(size).to(memory_format=layout)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), _copied(block, x), rtol=1e-4, atol=1e-5)
+
+
+def _copied(block, x):
+    for layer in block.values():
+        out = layer.conv1(layer.norm1(x).relu())
+        x = torch.cat((x, layer.conv2(layer.norm2(out).relu())), 1)
+    return x
+
+
+def test_dropout_is_training_only():
+    net = fastres.models.DenseNet(8, (4,), 16, drop_rate=0.5, num_classes=3)
+    twin = copy.deepcopy(net)
+    for layer in twin.features.denseblock1.values():
+        layer.drop_rate = 0.0
+    x = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(net(x), twin(x))
+    twin.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(x), twin.eval()(x))
