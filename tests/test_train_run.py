@@ -162,6 +162,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     assert not run.file.exists(), "such weights must not replace a checkpoint"
 
 
+def test_tensorboard_has_the_same_figures(data, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = make_run(data, tmp_path, small_recipe(epochs=2)).train()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    accuracies = [event.value for event in events.Scalars("test_accuracy/fastres")]
+    assert accuracies == pytest.approx([row["test_accuracy"] for row in history])
+    assert [event.step for event in events.Scalars("loss/fastres")] == list(range(1, 9))
+
+
 def test_peak_memory_is_that_of_the_tensors_alive_together():
     def call():
         first = torch.empty(1000)
