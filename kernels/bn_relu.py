@@ -166,7 +166,8 @@ def bn_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``output, mean, invstd``; the running statistics are updated when ``training``."""
     layout = Layout.of(input)
-    x = layout.dense(input)
+    # all memory before anything is written: running statistics stay as they were where it lacks
+    x, output = layout.dense(input), layout.empty(input)
     if training:
         cut, tile = layout.segments(), layout.reduction_tile
         means, squares = _statistics(input, cut.count), _statistics(input, cut.count)
@@ -184,7 +185,8 @@ def bn_relu(
         wrap(frozen_moments_kernel)[(triton.cdiv(channels, _FROZEN_BLOCK),)](
             running_mean, running_var, mean, invstd, channels, eps, BLOCK_C=_FROZEN_BLOCK
         )
-    return normalise(x, residual, mean, invstd, weight, bias, relu, wrap), mean, invstd
+    normalise(x, residual, output, mean, invstd, weight, bias, relu, wrap)
+    return output, mean, invstd
 
 
 def finish_moments(
@@ -202,17 +204,16 @@ def finish_moments(
 
 
 def normalise(
-    input: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor,
+    input: Tensor, residual: Tensor | None, output: Tensor, mean: Tensor, invstd: Tensor,
     weight: Tensor | None, bias: Tensor | None, relu: bool, wrap,
-) -> Tensor:  # fmt: skip
-    """``act((input - mean) * invstd * weight + bias + residual)``, in the format of ``input``."""
+) -> None:  # fmt: skip
+    """``output = act((input - mean) * invstd * weight + bias + residual)``; input and output are
+    dense, in one format."""
     layout = Layout.of(input)
-    output = layout.empty(input)
     wrap(apply_kernel)[layout.grid()](
-        layout.dense(input), layout.dense(residual), output, mean, invstd, weight, bias,
+        input, layout.dense(residual), output, mean, invstd, weight, bias,
         *layout.shape, layout.channels, RELU=relu, LAST=layout.last, **layout.tile._asdict(),
     )  # fmt: skip
-    return output
 
 
 def bn_relu_backward(

@@ -149,8 +149,8 @@ TILES = {
         ),
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
         "descriptors": (
-            Tile(128, 128, 64, 8, 8, 4, descriptors=True),
-            Tile(128, 64, 64, 8, 4, 4, descriptors=True),
+            Tile(128, 64, 64, 8, 8, 4, descriptors=True),
+            Tile(64, 64, 64, 8, 4, 4, descriptors=True),
         ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),

@@ -5,6 +5,7 @@ visible to a graph that is being traced.
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import conv_choice
 from .conv_dgrad import dgrad
@@ -35,7 +36,9 @@ def conv_dgrad(
         last=conv_choice.is_last(input), most_pixels=_most_pixels(input, grad_output),
         allow_tf32=tf32,
     ):  # fmt: skip
-        return _vendors_gradients(grad_output, input, weight, *window, [True, False, False])[0]
+        mask = [True, False, False]
+        found = _vendors_gradients(grad_output, input, weight, *window, mask)[0]
+        return _laid_out_as(input, found, suggest_memory_format(input))
     return dgrad(grad_output, weight, input.shape, *window, allow_tf32=tf32, wrap=wrap)[0]
 
 
@@ -55,13 +58,11 @@ def conv_wgrad(
     )  # fmt: skip
     if own:
         found = wgrad(grad_output, input, weight.shape, *window, allow_tf32=tf32, wrap=wrap)
-        grad_weight = torch.empty_like(weight)
-        if grad_weight.stride() == found.stride():
-            grad_weight = found
-        else:  # the weight has another memory format
-            grad_weight.copy_(found)
+        grad_weight = _laid_out_as(weight, found)
     elif want_weight:
-        grad_weight = _vendors_gradients(grad_output, input, weight, *window, [False, True, False])[1]
+        mask = [False, True, False]
+        found = _vendors_gradients(grad_output, input, weight, *window, mask)[1]
+        grad_weight = _laid_out_as(weight, found)
     if want_bias:
         grad_bias = grad_output.sum((0, 2, 3))
     return grad_weight, grad_bias
@@ -97,3 +98,12 @@ def _vendors_gradients(grad_output, input, weight, stride, padding, dilation, gr
     return torch.ops.aten.convolution_backward(
         grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
     )
+
+
+def _laid_out_as(
+    like: Tensor, found: Tensor, memory_format: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """``found``, copied where an empty tensor like ``like`` would lie otherwise in memory: formats
+    of input, weight and gradient may differ, and a compiler must know what comes."""
+    empty = torch.empty_like(like, memory_format=memory_format)
+    return found if empty.stride() == found.stride() else empty.copy_(found)

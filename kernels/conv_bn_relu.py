@@ -56,10 +56,11 @@ def conv_bn_relu_training(
     convolved, moments = fprop(
         input, weight, *window, bias=bias, statistics=True, allow_tf32=allows_tf32(input), wrap=wrap
     )
+    output = torch.empty_like(convolved)
     pixels = convolved.shape[0] * convolved.shape[2] * convolved.shape[3]
     extent = (pixels, 1, convolved.shape[1], moments.rows, 1, 1)
     mean, invstd = finish_moments(
         moments.means, moments.squares, extent, running_mean, running_var, momentum, eps, wrap
     )
-    output = normalise(convolved, residual, mean, invstd, bn_weight, bn_bias, relu, wrap)
+    normalise(convolved, residual, output, mean, invstd, bn_weight, bn_bias, relu, wrap)
     return output, convolved, mean, invstd

@@ -8,7 +8,18 @@ from torch import Tensor
 from . import configs, conv_pointwise, tuning
 from .configs import Tile
 from .conv_epilogue import finish
-from .conv_operands import Affine, Norm, empty_last, few, grid, last, on, precision, smallest, vectors
+from .conv_operands import (
+    Affine,
+    Norm,
+    empty_last,
+    few,
+    grid,
+    last,
+    on,
+    precision,
+    smallest,
+    vectors,
+)
 from .conv_shape import Shape, flat_channels, merge_groups, merged
 from .conv_tile import accumulate_merged, place_of, unravel
 from .segments import Moments, merge_moments

@@ -174,7 +174,7 @@ def accumulate_merged(
     if MERGED > 1:
         own_in = group_channels // MERGED
         own_out = group_out // MERGED
-        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:  # noqa: PLR0124 - NaN
             for member in range(MERGED):
                 own = accumulate(
                     x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,

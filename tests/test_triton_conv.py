@@ -158,9 +158,7 @@ def test_dgrad_masked(kernels, case, kept):
     other = torch.where(certain, spread(x.shape, x.dtype, "channels_last"), 0)
     activated = case.activated(x) if kept else None
     behind = launch.Behind(x, launch.Affine(*case.vectors), activated)
-    ours = launch.dgrad(
-        case.dy, case.w, x.shape, *case.arguments, residual=other, behind=behind
-    )
+    ours = launch.dgrad(case.dy, case.w, x.shape, *case.arguments, residual=other, behind=behind)
 
     def expected(x, w, dy, other):
         g = torch.where(case.moved(x) <= 0, 0, case.gradients(x, w, dy)[0] + other)
@@ -186,9 +184,7 @@ def test_dgrad(kernels, case):
 @pytest.mark.parametrize("prologue", [False, True], ids=["", "prologue"])
 def test_wgrad(kernels, case, prologue):
     affine = kernels.launch.Affine(*case.vectors) if prologue else None
-    ours = kernels.launch.wgrad(
-        case.dy, case.x, case.w.shape, *case.arguments, prologue=affine
-    )
+    ours = kernels.launch.wgrad(case.dy, case.x, case.w.shape, *case.arguments, prologue=affine)
 
     def expected(x, w, dy):
         return case.gradients(case.activated(x) if prologue else x, w, dy)[1]
@@ -304,9 +300,7 @@ def test_nan_and_inf_stay(kernels):
     case.x[0, 3, 2, 2] = float("nan")
     case.x[0, 4, 0, 0] = float("inf")
     prologue = kernels.launch.Affine(*case.vectors)
-    ours, _ = kernels.launch.fprop(
-        case.x, case.w, *case.arguments, relu=True, prologue=prologue
-    )
+    ours, _ = kernels.launch.fprop(case.x, case.w, *case.arguments, relu=True, prologue=prologue)
     expected = case.conv(case.activated(case.x), case.w).relu()
     torch.testing.assert_close(ours, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
     assert ours.isnan().any() and not ours.isnan().all()
@@ -324,9 +318,7 @@ def test_nothing_to_convolve(kernels, shape):
 
 def test_wrong_groups(kernels):
     with pytest.raises(ValueError, match=r"weight: expected 2 groups over 16 channels"):
-        kernels.launch.fprop(
-            torch.randn(1, 16, 5, 5), torch.randn(8, 16, 1, 1), groups=2
-        )
+        kernels.launch.fprop(torch.randn(1, 16, 5, 5), torch.randn(8, 16, 1, 1), groups=2)
 
 
 def test_shipped_choice(kernels):
@@ -422,9 +414,7 @@ def test_descriptors(kernels, monkeypatch, rows, columns, depth, statistics):
         keywords = {"norm": norm, "residual": case.residual, "relu": True}
     ours, moments = kernels.launch.fprop(case.x, case.w, *case.arguments, tile=tile, **keywords)
     tile = kernels.configs.Tile(*tile[:6])
-    other, expected = kernels.launch.fprop(
-        case.x, case.w, *case.arguments, tile=tile, **keywords
-    )
+    other, expected = kernels.launch.fprop(case.x, case.w, *case.arguments, tile=tile, **keywords)
     # the same products, added in the same order
     assert_same_bits({"y": ours}, {"y": other})
     if statistics:

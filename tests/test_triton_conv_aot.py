@@ -69,8 +69,13 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
             )  # fmt: skip
 
         yield case("dgrad", "plain", launch.dgrad, x, w, x.shape)
-        yield case("fprop prologue", "prologue", launch.fprop, x, w, prologue=affine, statistics=True)
-        if size == 1:  # differs in its addresses, and these two load both operands both ways
+        yield case(
+            "fprop prologue", "prologue", launch.fprop, x, w, prologue=affine, statistics=True
+        )
+        if size == 1:
+            # differs in its addresses, and those two load both operands both ways
+            for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
+                yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
             continue
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
@@ -105,7 +110,8 @@ def matrix() -> Iterator[tuple[int, Case, configs.Tile]]:
     for architecture in aot.ARCHITECTURES:
         for case in cases():
             tiles = configs.TILES[architecture][case.kind]
-            for tile in tiles[:1] if case.name.endswith("1x1") else tiles:
+            first = case.name.endswith("1x1") and case.kind != "descriptors"
+            for tile in tiles[:1] if first else tiles:
                 yield architecture, case, tile
 
 
@@ -150,8 +156,11 @@ def test_binary(architecture, case, tile):
     expected = MATRIX[architecture] if tile.BLOCK_M >= 64 else ("HMMA",)
     found = matrix_instructions(binary)
     assert all(found[name] for name in expected), found
-    assert any(accesses(binary, ("LDG", "LDGSTS"), case.load_bits))
     assert any(accesses(binary, ("STG",), case.store_bits))
+    if case.kind == "descriptors":  # both operands come by TMA, nothing through registers
+        assert binary.count("UTMALDG") >= 2 and not binary.count("LDGSTS")
+    else:
+        assert any(accesses(binary, ("LDG", "LDGSTS"), case.load_bits))
 
 
 def test_table():

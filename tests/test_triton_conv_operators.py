@@ -129,7 +129,9 @@ def test_classes_of_shapes(kernels):
 @pytest.mark.parametrize("layout", ["contiguous", LAST])
 def test_formats_are_eagers(layout, weight_layout):
     x, w = spread((2, 5, 6, 7), torch.float32, layout), spread((4, 5, 3, 3), torch.float32)
-    w = w.to(memory_format=torch.channels_last if weight_layout == LAST else torch.contiguous_format)
+    w = w.to(
+        memory_format=torch.channels_last if weight_layout == LAST else torch.contiguous_format
+    )
     window = ((1, 1), (1, 1), (1, 1), 1)
     y = TRITON.conv(x, w, None, *window)
     assert y.stride() == F.conv2d(x, w, None, *window).stride()
@@ -218,6 +220,7 @@ def test_autocast(launched, dtype):
     for backend in ("triton", "eager"):
         results.append([])
         for training in (False, True):
+
             def call(training=training, **given):
                 with torch.autocast("cpu", dtype):
                     return functional.conv_bn_relu(**given, **how, training=training)

@@ -6,10 +6,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from cases import Convolution, convolutions
+from fastres.kernels.conv_choice import class_of
 
 import fastres
 from fastres import functional, ops
-from fastres.kernels.conv_choice import class_of
 
 from . import providers
 from .measured import SLACK, measure, relative_error

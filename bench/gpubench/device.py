@@ -37,9 +37,7 @@ class Cuda:
             return ""
         built = torch.version.cuda
         why = f"built for CUDA {built}" if built else "a CPU-only build"
-        return (
-            f"no CUDA device: torch.cuda.is_available() is False (PyTorch {torch.__version__}, {why})"
-        )
+        return f"no CUDA device: torch.cuda.is_available() is False (PyTorch {torch.__version__}, {why})"
 
     @staticmethod
     def describe() -> dict:
@@ -68,7 +66,9 @@ class Cuda:
         for _ in range(3):
             call()
         once = self._milliseconds(call, 3)
-        rounds = min(max(int(seconds * 1e3 / max(statistics.median(once), 1e-3)), ROUNDS[0]), ROUNDS[1])
+        rounds = min(
+            max(int(seconds * 1e3 / max(statistics.median(once), 1e-3)), ROUNDS[0]), ROUNDS[1]
+        )
         return Times.of(self._milliseconds(call, rounds))
 
     @staticmethod

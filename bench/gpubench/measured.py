@@ -26,7 +26,7 @@ def measure(
                 emit(**row, bad=f"wrong: relative error {row['error']:.1e} > {allowed:.1e}")
                 return
         times = device.time(device.captured(call) if graph else call, seconds)
-    except Exception as error:  # noqa: BLE001 - the other providers are measured all the same
+    except Exception as error:  # the other providers are measured all the same
         text = str(error).strip().splitlines()
         emit(**row, bad=f"{type(error).__name__}: {text[0][:200] if text else ''}")
         if isinstance(error, torch.AcceleratorError):  # the device is lost for this process

@@ -48,7 +48,6 @@ def contexts() -> dict:
 def classes() -> set[str]:
     """Of all of ResNet-50's convolutions."""
     from cases import convolutions
-
     from fastres.kernels.conv_choice import class_of
 
     return {

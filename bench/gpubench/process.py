@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 from .schedule import Outcome, Section
 
@@ -22,7 +23,7 @@ class Emitter:
     def __call__(self, **row) -> None:
         print(json.dumps(row), file=self._file, flush=True)
 
-    def __enter__(self) -> "Emitter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:

@@ -3,8 +3,9 @@
 import contextlib
 import os
 
-import fastres
 from fastres.kernels import configs, conv_choice
+
+import fastres
 
 
 @contextlib.contextmanager

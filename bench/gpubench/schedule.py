@@ -39,9 +39,8 @@ class Outcome:
     @property
     def line(self) -> str:
         bad = sum(bool(row.get("bad")) for row in self.rows)
-        return (
-            f"{self.name}: {self.state}, {self.seconds:.0f} s, {len(self.rows)} results"
-            + (f", {bad} of them bad" if bad else "")
+        return f"{self.name}: {self.state}, {self.seconds:.0f} s, {len(self.rows)} results" + (
+            f", {bad} of them bad" if bad else ""
         )
 
 

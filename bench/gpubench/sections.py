@@ -7,8 +7,8 @@ SECTIONS = {
     for section in (
         Section("build", 60, 150, "steps:build"),
         Section("ceilings", 12, 20, "ceilings:run"),
-        Section("tests", 100, 180, "steps:tests"),
         Section("compile_kernels", 40, 70, "warm:run"),
+        Section("tests", 100, 180, "steps:tests"),
         Section("elementwise", 25, 40, "elementwise:run"),
         Section("convolutions", 80, 120, "convolutions:run"),
         Section("models", 45, 90, "models:run"),

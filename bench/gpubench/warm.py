@@ -7,7 +7,6 @@ import os
 
 import torch
 from cases import Convolution, convolutions
-
 from fastres.kernels import configs
 from fastres.kernels.conv_dgrad import dgrad
 from fastres.kernels.conv_fprop import fprop
