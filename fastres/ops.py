@@ -390,7 +390,7 @@ def _triton_conv_wgrad(
 
 
 def _triton_conv_bn_relu(input, *args):
-    *operands, eps, relu = args
+    *operands, eps, _ = args
     if not input.numel():
         return _conv_bn_relu(input, *args)
     checks.conv_bn_relu(input, *operands, False, eps)
@@ -450,7 +450,9 @@ def _fake_triton(name: str):
 
 def _kernels() -> list:
     """Every kernel there is, whichever an operator comes to launch."""
-    triton, package = (importlib.import_module(name) for name in ("triton", f"{__package__}.kernels"))
+    triton, package = (
+        importlib.import_module(name) for name in ("triton", f"{__package__}.kernels")
+    )
     found = {}
     for module in sorted(each.name for each in pkgutil.iter_modules(package.__path__)):
         for value in vars(importlib.import_module(f"{package.__name__}.{module}")).values():

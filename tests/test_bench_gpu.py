@@ -158,11 +158,11 @@ def test_results_of_a_section_that_fails_are_kept(gpubench, tmp_path):
 
 def test_a_section_is_stopped_with_all_that_it_started(gpubench, tmp_path):
     """Its own child too; a line that was not finished is left out."""
+    late = f"import time; time.sleep(6); open({str(tmp_path / 'alive')!r}, 'w')"
     outcome = started(
         gpubench, tmp_path,
         "print('{\"case\": 1}\\n{\"cas', end='', file=rows, flush=True)\n"
-        f"code = 'import time; time.sleep(6); open({str(tmp_path / 'alive')!r}, \"w\")'\n"
-        "subprocess.Popen([sys.executable, '-c', code])\ntime.sleep(60)", 3,
+        f"subprocess.Popen([sys.executable, '-c', {late!r}])\ntime.sleep(60)", 3,
     )  # fmt: skip
     assert outcome.state == "timed out" and outcome.rows == [{"case": 1}]
     assert 3 <= outcome.seconds < 20
@@ -338,7 +338,8 @@ def test_what_the_sanitizer_runs(interpreted_bench, monkeypatch):
         interpreter.GridExecutor, "__call__",
         lambda self, *args, **keywords: (ran.add(self.fn.__name__), call(self, *args, **keywords)),
     )  # fmt: skip
-    small.main("cpu")
+    monkeypatch.setattr(small, "CONVOLUTIONS", small.CONVOLUTIONS[1:3])
+    small.main("cpu", (torch.float32,))
     assert triton and ran >= {
         "add_relu_kernel", "add_relu_backward_kernel", "moments_kernel", "finish_moments_kernel",
         "frozen_moments_kernel", "apply_kernel", "backward_sums_kernel", "finish_sums_kernel",
@@ -364,8 +365,8 @@ def outcomes(gpubench):
         outcome("tests", "failed", 9, [{"case": "a::b", "bad": "failed"},
                                        {"case": "all", "passed": 7, "failed": 1}], "the tail"),
         outcome("elementwise", "done", 3, [
-            {"case": "64x56x56", "kind": "add_relu", "provider": "eager", "ms": 2.0, "bytes": 2 * 10**9},
-            {"case": "64x56x56", "kind": "add_relu", "provider": "fastres-triton", "ms": 1.25, "bytes": 2 * 10**9},
+            {"case": "64x56x56", "kind": "add_relu", "provider": "eager", "ms": 2.0, "bytes": 2 * 10**9, "map_bytes": 10**8},
+            {"case": "64x56x56", "kind": "add_relu", "provider": "fastres-triton", "ms": 1.25, "bytes": 2 * 10**9, "map_bytes": 10**8},
         ]),
         outcome("convolutions", "timed out", 3, [
             {**convolution, "case": case, "class": name, "provider": provider, "ms": ms}
@@ -387,6 +388,9 @@ def test_report(gpubench, tmp_path):
     assert "| a | 20.000 (40 %) | 10.000 (80 %) | 11.000 (73 %) |" in text
     assert "| tests | a::b |  | failed |" in text and "the tail" in text
     assert "`pytest -m gpu`: 7 passed, 1 failed." in text
+    assert "least 85 % of the copy bandwidth | 80 to 80 % |" in text
+    assert "ahead of eager | at 4 of 4 shapes, 1.67 at the worst |" in text
+    assert "cuDNN's convolution alone" not in text.split("## Goals")[1].split("##")[0]
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert [s["state"] for s in kept["sections"]] == ["done", "failed", "done", "timed out"]
     assert kept["sections"][3]["rows"] == found[3].rows
@@ -413,3 +417,21 @@ def test_a_bad_result_makes_the_run_bad(gpubench):
     done, failed, *_ = outcomes(gpubench)
     assert done.fine and not failed.fine
     assert not dataclasses.replace(done, rows=[{"bad": "wrong"}]).fine
+
+
+def test_goals_of_models(gpubench):
+    """The best of fastres' own against each rival; what was not measured is not judged."""
+    eval_case, train_case = "ResNet-50 eval batch 32", "ResNet-50 training step batch 256"
+    models = [
+        {"case": case, "provider": provider, "ms": ms}
+        for case, provider, ms in (
+            (eval_case, "eager", 9.0), (eval_case, "fastres-triton", 6.0),
+            (eval_case, "fastres-cuda", 5.0), (eval_case, gpubench("goals").COMPILED, 7.0),
+            (train_case, "eager", 30.0), (train_case, "fastres-triton", 25.0),
+        )
+    ] + [{"case": train_case, "provider": "torch.compile", "bad": "slow"}]  # fmt: skip
+    lines = gpubench("goals").reached([], [], models, lambda row: None)
+    assert lines == [
+        (f"{eval_case}: at least 1.2x {gpubench('goals').COMPILED}", "1.40 (fastres-cuda)"),
+        (f"{train_case}: at least 1.5x eager", "1.20 (fastres-triton)"),
+    ]

@@ -215,7 +215,7 @@ def shipped_tiles():
 @pytest.mark.parametrize("kind, tile", shipped_tiles(), ids=str)
 def test_every_tile(kernels, kind, tile):
     launch, tile = kernels.launch, kernels.configs.Tile(*tile)
-    for name in ("stem",) if kind == "flat" else ("1x1", "3x3"):
+    for name in {"flat": ("stem",), "descriptors": ("1x1",)}.get(kind, ("1x1", "3x3")):
         case = Case(TILED[name], torch.float16)
         affine = launch.Affine(*case.vectors)
         operands = case.x, case.w, case.dy
@@ -238,7 +238,7 @@ def test_every_tile(kernels, kind, tile):
             operands, wide = ((case.activated(x), w, dy) for x, w, dy in (operands, wide))
             eager, truth = case.gradients(*operands)[1], case.gradients(*wide)[1]
             assert_close(ours, eager, truth, f"wgrad of {name}")
-        if kind in ("plain", "statistics", "prologue", "flat"):
+        if kind in ("plain", "statistics", "prologue", "flat", "descriptors"):
             prologue = affine if kind == "prologue" else None
             ours, moments = launch.fprop(
                 case.x, case.w, *case.arguments,
@@ -365,10 +365,11 @@ def test_autotuning_measures_on_outputs_of_its_own(kernels, monkeypatch):
     assert not written  # the shipped choice is the default
     monkeypatch.setenv("FASTRES_AUTOTUNE", "1")
     ours, moments = launch.fprop(case.x, case.w, *case.arguments, statistics=True)
-    ((_, problem, *_), tile), *more = tuning._measured.items()
-    candidates = kernels.configs.candidates(problem)
-    assert tile == candidates[-1] and not more
-    assert len(written) == len(candidates) > 1 and ours.data_ptr() not in written
+    ((_, problem, *_), (way, tile)), *more = tuning._measured.items()
+    kinds = (problem, problem._replace(kind="descriptors"))
+    candidates = [tile for each in kinds for tile in kernels.configs.candidates(each)]
+    assert way == 1 and tile == candidates[-1] and tile.descriptors and not more
+    assert len(written) == len(candidates) > 3 and ours.data_ptr() not in written
     assert len(moments.means) == -(-problem.rows // tile.BLOCK_M)
     torch.testing.assert_close(ours, shipped, rtol=1e-3, atol=1e-3)
     launch.fprop(case.x, case.w, *case.arguments, statistics=True)

@@ -208,8 +208,8 @@ def test_second_derivatives_are_eagers():
     with Calls() as calls:
         call(x, w, gamma, beta)
     assert calls.names == ["triton_conv_bn_relu_training"]
-    assert torch.autograd.gradcheck(call, (x, w, gamma, beta))
-    assert torch.autograd.gradgradcheck(call, (x, w, gamma, beta))
+    assert torch.autograd.gradcheck(call, (x, w, gamma, beta), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, w, gamma, beta), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -249,17 +249,17 @@ def test_autocast(launched, dtype):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_in_one_graph(backend, training):
     torch._dynamo.reset()
-    w = spread((6, 4, 3, 3), torch.float32, LAST)
+    w, inputs = spread((6, 4, 3, 3), torch.float32, LAST), spread((2, 4, 5, 6), torch.float32, LAST)
 
     def call(x, w, gamma, beta, mean, var):
         y = functional.conv_bn_relu(
             x, w, None, 1, 1, 1, 1, mean, var, gamma, beta, training=training
         )
-        return functional.add_relu(y, y)
+        return functional.add_relu(y, y.flip(0))
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, backend=backend)):
-        x = spread((2, 4, 5, 6), torch.float32, LAST) * 0 + torch.arange(6.0)
+        x = inputs.clone()
         bn = {name: torch.arange(1.0, 7.0) / 5 for name in ("weight", "bias", "mean", "var")}
         leaves = [t.clone().requires_grad_(training) for t in (x, w, bn["weight"], bn["bias"])]
         output = function(*leaves, bn["mean"], bn["var"])
@@ -323,7 +323,8 @@ def test_vectors_may_be_absent(launched):
 
 
 def test_batch_norm_of_a_large_mean():
-    """Statistics of the fp32 sums: a mean of 1e4 beside a deviation of 1."""
+    """Statistics of the fp32 sums: a mean of 1e4 beside a deviation of 1. A tile's mean is off by up
+    to half of 2^-10 and, of 128 pixels, up to 1/4 from the whole's: 2.5e-4 of the variance."""
     x = spread((4, 16, 9, 11), torch.float32, LAST, mean=1e4)
     eye = torch.eye(16).view(16, 16, 1, 1).to(memory_format=torch.channels_last)
     bn = batch_norm_operands(16, torch.float32)
@@ -333,5 +334,5 @@ def test_batch_norm_of_a_large_mean():
     assert torch.equal(convolved, x)
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact, rtol=2e-7, atol=0)
-    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=5e-5, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1.3e-4, atol=0)
     assert torch.equal(bn["running_mean"], mean)

@@ -160,14 +160,17 @@ def _gradient(problem: Problem, what: str, triton, tuned) -> dict:
 def _measure_pass(emit, device, problem: Problem, what: str, calls: dict, seconds: float) -> None:
     truth = calls.pop("truth")()
     allowed = 2 * relative_error(calls["eager"](), truth) + SLACK
-    operands = {
-        "dgrad": (problem.dy, problem.w, problem.x), "wgrad": (problem.dy, problem.x, problem.w),
-    }.get(what, (problem.x, problem.w, problem.residual, problem.dy))  # fmt: skip
     row = {
         "case": problem.conv.name, "pass": what, "class": problem.name, "flops": problem.flops,
-        "bytes": problem.bytes(*operands),
     }  # fmt: skip
+    alone = (problem.x, problem.w, problem.dy)
+    fused = {
+        "eval": (*alone, problem.residual),
+        # the raw convolution is written and read before the output is
+        "training": (*alone, problem.residual, problem.dy, problem.dy),
+    }.get(what, alone)
     for provider, call in calls.items():
+        row["bytes"] = problem.bytes(*(alone if "alone" in provider else fused))
         measure(
             emit, device, call, truth=None if "alone" in provider else truth, allowed=allowed,
             seconds=min(seconds / len(calls) / 2, 0.1), provider=provider, **row,

@@ -44,6 +44,7 @@ def run(emit, budget, device, shapes=None, batch: int = BATCH) -> None:
                     emit, device, call, truth=truth, allowed=allowed,
                     seconds=min(seconds / len(kinds) / len(calls) / 2, 0.1), provider=provider,
                     case=f"{channels}x{size}x{size}", kind=kind, bytes=passes * operands.bytes,
+                    map_bytes=operands.bytes,
                 )  # fmt: skip
         del operands, kinds, calls, truth
         device.empty_cache()

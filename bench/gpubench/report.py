@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from . import goals
 from .schedule import Outcome
 
 CAPABILITIES = {"9": 90, "10": 100}  # whose tiles a device uses, as kernels/configs.architecture
@@ -82,6 +83,12 @@ def markdown(device: dict, outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         if outcome.state != "done" and outcome.tail:
             parts += [f"## Output of {outcome.name}, its end", f"```\n{outcome.tail[-1500:]}\n```"]
+    if lines := goals.reached(
+        *(_rows(outcomes, name) for name in ("elementwise", "convolutions")),
+        _rows(outcomes, "models") + _rows(outcomes, "torch_compile"),
+        lambda row: percent(row, limits),
+    ):  # fmt: skip
+        parts += ["## Goals", _table(("goal", "reached"), lines)]
     if rows := _rows(outcomes, "tests"):
         counts = next((row for row in rows if row.get("case") == "all"), {})
         said = ", ".join(f"{v} {k}" for k, v in counts.items() if isinstance(v, int))

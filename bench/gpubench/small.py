@@ -17,9 +17,9 @@ from gpubench import providers
 CONVOLUTIONS = ((3, 17, 7, 2, 1), (40, 72, 1, 1, 1), (24, 40, 3, 2, 1), (24, 24, 3, 1, 6))
 
 
-def main(device: str = "cuda") -> None:
-    for backend in providers.served(("triton", "cuda")):
-        for dtype in (torch.bfloat16, torch.float32):
+def main(device: str = "cuda", dtypes=(torch.bfloat16, torch.float32)) -> None:
+    for backend in providers.served():
+        for dtype in dtypes:
             elementwise(backend, device, dtype)
             for shape in CONVOLUTIONS:
                 convolution(backend, device, dtype, *shape)
