@@ -28,7 +28,8 @@ def launches(shape, dtype, layout) -> list:
     """Of every kernel in every form in which a residual network trains and serves."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
     v = torch.empty(shape[1], device="meta", dtype=ops.accumulation_dtype(dtype))
-    add_relu, add_relu_backward, bn_relu, bn_relu_backward = map(ops._launcher, ops._TRITON)
+    add_relu, add_relu_backward = map(ops._launcher, ("add_relu", "add_relu_backward"))
+    bn_relu, bn_relu_backward = map(ops._launcher, ("bn_relu", "bn_relu_backward"))
     with aot.recorded() as made:
         add_relu(x, x)
         add_relu_backward(x, x)
@@ -92,9 +93,8 @@ class _Seen(Exception):
     pass
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_sees_the_kernels(dynamic):
-    """torch.compile gets the launches, not an operator that it cannot look into."""
+def kernels_in_the_graph_of(call, operands, dynamic: bool) -> list[str]:
+    """What a compiler gets to see of ``call``, which runs no operator of fastres by name."""
     kernels = []
 
     def see(graph, _):
@@ -105,17 +105,51 @@ def test_a_compiled_graph_sees_the_kernels(dynamic):
             assert "fastres" not in str(node.target)
         raise _Seen
 
+    torch._dynamo.reset()
+    seeing = aot_autograd(fw_compiler=see)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=seeing)
+    with pytest.raises(Exception, match="_Seen"), torch.no_grad():
+        compiled(*operands)
+    torch._dynamo.reset()
+    return kernels
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_sees_the_kernels(dynamic):
+    """torch.compile gets the launches, not an operator that it cannot look into."""
+
     def call(x, v, w, mean, var):
         operators = ops.OPERATORS["triton"]
         output, *_ = operators.bn_relu(x, None, mean, var, v, w, True, 0.1, 1e-5, True)
         return operators.add_relu(output, x)
 
-    torch._dynamo.reset()
-    seeing = aot_autograd(fw_compiler=see)
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=seeing)
-    with pytest.raises(Exception, match="_Seen"), torch.no_grad():
-        compiled(torch.randn(2, 3, 5, 7), *(torch.rand(3) for _ in range(4)))
+    operands = torch.randn(2, 3, 5, 7), *(torch.rand(3) for _ in range(4))
+    kernels = kernels_in_the_graph_of(call, operands, dynamic)
     known = torch._library.triton.get_triton_kernels_for_op("fastres::triton_bn_relu")
     assert {*kernels[:3]} <= {kernel.fn.__name__ for kernel in known}, "not in the cache's key"
     assert kernels == ["moments_kernel", "finish_moments_kernel", "apply_kernel", "add_relu_kernel"]
-    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_sees_the_convolutions(dynamic, groups):
+    """Forward in both modes and the gradients, whose launches write parts of their outputs."""
+    window = ([2, 2], [1, 1], [1, 1], groups)
+    operators = ops.OPERATORS["triton"]
+
+    def call(x, w, v):
+        bn = (v.clone(), v.clone(), v, v)
+        y, *_ = operators.conv_bn_relu_training(x, w, None, None, *bn, *window, 0.1, 1e-5, True)
+        z = operators.conv_bn_relu(x, w, None, y, *bn, *window, 1e-5, True)
+        dw, _ = operators.conv_wgrad(z, x, w, *window, [True, False])
+        return operators.conv_dgrad(z, x, w, *window), dw
+
+    x, w = (
+        torch.randn(size).to(memory_format=torch.channels_last)
+        for size in ((2, 16, 6, 8), (32, 16 // groups, 3, 3))
+    )
+    kernels = kernels_in_the_graph_of(call, (x, w, torch.rand(32)), dynamic)
+    assert kernels == [
+        "fprop_kernel", "finish_moments_kernel", "apply_kernel", "fprop_kernel", "wgrad_kernel",
+        *["dgrad_kernel"] * 4,
+    ]  # fmt: skip

@@ -15,7 +15,6 @@ from agreement import (
     assert_rule,
     assert_same_bits,
     away_from_zero,
-    batch_norm_operands,
     outcome,
     spread,
     widened,
@@ -277,22 +276,6 @@ def test_auto_does_not_interpret():
     assert calls.names == ["add_relu"]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_convolutions_run_in_two_steps(training):
-    x, w = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3)
-    bn = batch_norm_operands(4, torch.float32)
-    arguments = (x, w, None, 2, 1, 1, 1)
-    found, expected = (
-        function(*arguments, *(_clone(v) for v in bn.values()), training)
-        for function in (functional.conv_bn_relu, reference.conv_bn_relu)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    names = all_operators_are_tritons(
-        lambda: functional.conv_bn_relu(*arguments, *bn.values(), training)
-    )
-    assert names == ["triton_bn_relu"]
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_in_one_graph(backend):
     torch._dynamo.reset()
@@ -337,7 +320,8 @@ def test_a_converted_block_is_trained_beside_eager(torchvision):
                 loss.backward()
                 optimizer.step()
                 losses[backend].append(loss.detach())
-    assert calls.names.count("triton_bn_relu") == calls.names.count("triton_bn_relu_backward") == 15
+    forward, backward = "triton_conv_bn_relu_training", "triton_bn_relu_backward"
+    assert calls.names.count(forward) == calls.names.count(backward) == 15
     assert all(name.startswith("triton_") for name in calls.names)
     assert_like_eager(
         {"losses": torch.stack(losses["triton"])} | fused.state_dict(),

@@ -1,0 +1,64 @@
+"""Every fused operator once, forward and backward, on shapes with a tail in every direction: what
+compute-sanitizer looks at. ``python bench/gpubench/small.py [device]``"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastres.kernels.conv_choice import class_of
+
+from fastres import functional as FF
+from gpubench import providers
+
+# channels, filters, window, stride, groups
+CONVOLUTIONS = ((3, 17, 7, 2, 1), (40, 72, 1, 1, 1), (24, 40, 3, 2, 1), (24, 24, 3, 1, 6))
+
+
+def main(device: str = "cuda", dtypes=(torch.bfloat16, torch.float32)) -> None:
+    for backend in providers.served():
+        for dtype in dtypes:
+            elementwise(backend, device, dtype)
+            for shape in CONVOLUTIONS:
+                convolution(backend, device, dtype, *shape)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def elementwise(backend: str, device: str, dtype: torch.dtype) -> None:
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x, r = (
+            torch.randn(3, 37, 9, 11, device=device).to(dtype, memory_format=memory_format)
+            for _ in "ab"
+        )
+        v = torch.rand(37, device=device) + 0.5
+        with serving(backend, set()):
+            for training in (True, False):
+                x.requires_grad_(), r.requires_grad_()
+                y = FF.bn_add_relu(x, r, v.clone(), v.clone(), v, v, training=training)
+                FF.add_relu(FF.bn_relu(y, v.clone(), v.clone(), v, v, training), r).sum().backward()
+
+
+def convolution(backend, device, dtype, channels, filters, taps, stride, groups) -> None:
+    last = {"dtype": dtype, "memory_format": torch.channels_last}
+    x = torch.randn(2, channels, 13, 11, device=device).to(**last).requires_grad_()
+    w = torch.randn(filters, channels // groups, taps, taps, device=device).to(**last)
+    v = torch.rand(filters, device=device) + 0.5
+    window = ((stride,) * 2, (taps // 2,) * 2, (1, 1), groups)
+    with serving(backend, {class_of(w.shape, *window[::2], groups)}):
+        with torch.no_grad():
+            FF.conv_bn_relu(x, w, None, *window, v, v, v, v)
+        w.requires_grad_()
+        FF.conv_bn_relu(x, w, None, *window, v.clone(), v.clone(), v, v, True).sum().backward()
+
+
+def serving(backend: str, classes: set[str]):
+    import fastres
+
+    return providers.triton(classes) if backend == "triton" else fastres.backend(backend)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
