@@ -155,11 +155,16 @@ def compile_cuda(nvcc: Path, archs, includes: list[str], out: Path) -> list[str]
     return objects
 
 
-def cudart_directory(nvcc: Path) -> str:
-    """Where libcudart_static.a lies, by nvcc's own account of its toolkit (nvcc may be a wrapper)."""
+def toolkit_home(nvcc: Path) -> Path:
+    """By nvcc's own account (nvcc may be a wrapper)."""
     dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=True)
     top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
-    home = Path(top[1]).resolve() if top else nvcc.parent.parent
+    return Path(top[1]).resolve() if top else nvcc.parent.parent
+
+
+def cudart_directory(nvcc: Path) -> str:
+    """Where libcudart_static.a lies."""
+    home = toolkit_home(nvcc)
     places = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
     for place in places:
         if (place / "libcudart_static.a").is_file():

@@ -24,6 +24,8 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("add_relu", &fastres::cuda::add_relu);
   m.impl("add_relu_backward", &fastres::cuda::add_relu_backward);
+  m.impl("bn_relu", &fastres::cuda::bn_relu);
+  m.impl("bn_relu_backward", &fastres::cuda::bn_relu_backward);
 }
 constexpr bool kCuda = true;
 #else
