@@ -85,6 +85,57 @@ class BNReLU(torch.autograd.Function):
         )
 
 
+class ConvBNReLUTraining(torch.autograd.Function):
+    """``act(batch_norm(conv2d(input, weight, bias)) + residual)`` with the batch's statistics, see
+    ``fastres::conv_bn_relu_training``: :class:`BNReLU` behind :class:`Conv`, and as much is saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+        geometry, momentum, eps, relu, backend,
+    ):  # fmt: skip
+        output, convolved, mean, invstd = ops.OPERATORS[backend].conv_bn_relu_training(
+            input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+            *geometry, momentum, eps, relu,
+        )  # fmt: skip
+        masked = output if relu and residual is not None else None
+        ctx.save_for_backward(
+            input, weight, bias, convolved, masked, bn_weight, bn_bias, mean, invstd
+        )
+        ctx.geometry, ctx.eps, ctx.relu, ctx.backend = geometry, eps, relu, backend
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, bias, convolved, masked, bn_weight, bn_bias, mean, invstd = ctx.saved_tensors
+        need_input, need_weight, need_bias, need_residual, _, _, need_scale, need_shift = (
+            ctx.needs_input_grad[:8]
+        )
+        need_convolved = need_input or need_weight or need_bias
+        operators = ops.OPERATORS[ctx.backend]
+        bn_backward = operators.bn_relu_backward
+        if torch.is_grad_enabled():
+            bn_backward = reference.bn_relu_backward
+            convolved = torch.nn.functional.conv2d(input, weight, bias, *ctx.geometry)
+            mean, invstd = reference.batch_statistics(convolved, ctx.eps)
+        grad, grad_residual, grad_scale, grad_shift = bn_backward(
+            grad_output, convolved, masked, bn_weight, bn_bias, mean, invstd, True, ctx.relu,
+            [need_convolved, need_residual, need_scale or need_shift],
+        )  # fmt: skip
+        return (
+            *_conv_backward(
+                operators, grad, input, weight, ctx.geometry, [need_input, need_weight, need_bias]
+            ),
+            grad_residual if need_residual else None,
+            None,
+            None,
+            grad_scale.to(bn_weight.dtype) if need_scale else None,
+            grad_shift.to(bn_bias.dtype) if need_shift else None,
+            *(None,) * 5,
+        )
+
+
 class Conv(torch.autograd.Function):
     """``F.conv2d``."""
 
@@ -97,23 +148,40 @@ class Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        operands = (grad_output, input, weight, *ctx.geometry)
-        if torch.is_grad_enabled():
-            mask = [need_input, need_weight, need_bias]
-            return *ops.conv_gradients(*operands, mask), None, None
         operators = ops.OPERATORS[ctx.backend]
-        grad_input = operators.conv_dgrad(*operands) if need_input else None
-        grad_weight = grad_bias = None
-        if need_weight or need_bias:
-            grad_weight, grad_bias = operators.conv_wgrad(*operands, [need_weight, need_bias])
-        return (
-            grad_input,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None,
-            None,
-        )
+        needed = list(ctx.needs_input_grad[:3])
+        gradients = _conv_backward(operators, grad_output, input, weight, ctx.geometry, needed)
+        return *gradients, None, None
+
+
+def _conv_backward(operators, grad_output, input, weight, geometry, needed: list[bool]):
+    """The gradients of input, weight and bias that are needed; None for the others."""
+    operands = (grad_output, input, weight, *geometry)
+    if torch.is_grad_enabled():
+        return ops.conv_gradients(*operands, needed)
+    need_input, need_weight, need_bias = needed
+    grad_input = operators.conv_dgrad(*operands) if need_input else None
+    grad_weight = grad_bias = None
+    if need_weight or need_bias:
+        grad_weight, grad_bias = operators.conv_wgrad(*operands, [need_weight, need_bias])
+    return (
+        grad_input,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+    )
+
+
+def conv_bn_relu_training(
+    input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    geometry, momentum, eps, relu, backend,
+) -> Tensor:  # fmt: skip
+    operands = (
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    )  # fmt: skip
+    if needs_graph(input, weight, bias, residual, bn_weight, bn_bias):
+        return ConvBNReLUTraining.apply(*operands, geometry, momentum, eps, relu, backend)
+    operator = ops.OPERATORS[backend].conv_bn_relu_training
+    return operator(*operands, *geometry, momentum, eps, relu)[0]
 
 
 def conv(input, weight, bias, geometry, backend) -> Tensor:

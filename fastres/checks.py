@@ -35,6 +35,18 @@ def conv_bn_relu(
     stride, padding, dilation, groups: int, training: bool, eps: float,
 ) -> None:  # fmt: skip
     """Whether trained or folded; the geometry in any of the forms that F.conv2d takes."""
+    size = conv(input, weight, bias, stride, padding, dilation, groups)
+    dtype = compute_dtype(input)
+    _batch_norm(
+        size, dtype, input.device, running_mean, running_var, bn_weight, bn_bias, training,
+        eps, names=("bn_weight", "bn_bias"),
+    )  # fmt: skip
+    if residual is not None:
+        _residual(residual, size, dtype, input.device)
+
+
+def conv(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups: int) -> tuple:
+    """Gives the output's size."""
     _activation(input)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     padding = resolve_padding(padding, weight, stride, dilation)
@@ -45,12 +57,7 @@ def conv_bn_relu(
     _same_dtype("weight", compute_dtype(weight), dtype)
     if bias is not None:
         _same_dtype("bias", compute_dtype(bias), dtype)
-    _batch_norm(
-        size, dtype, input.device, running_mean, running_var, bn_weight, bn_bias, training,
-        eps, names=("bn_weight", "bn_bias"),
-    )  # fmt: skip
-    if residual is not None:
-        _residual(residual, size, dtype, input.device)
+    return size
 
 
 def _activation(input: Tensor) -> None:

@@ -170,14 +170,21 @@ def _conv_bn(
         return batch_norm(output, *bn)
 
     def served(backend: str) -> Tensor:
-        operator = ops.OPERATORS[backend].conv_bn_relu
-        if training or operator is None or autograd.needs_graph(*graph):
+        operators = ops.OPERATORS[backend]
+        operator = operators.conv_bn_relu_training if training else operators.conv_bn_relu
+        if operator is None or (not training and autograd.needs_graph(*graph)):
             check()
             return two_steps(backend)
         dtype = compute_dtype(input)
         alike = input.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)
         if not alike:  # autocast, or a mistake: the operator allows more than eager does
             check()
+        if training:
+            return autograd.conv_bn_relu_training(
+                *_conv_operands(input, weight, bias), residual, running_mean, running_var,
+                bn_weight, bn_bias, _geometry(weight, stride, padding, dilation, groups), momentum,
+                eps, relu, backend,
+            )  # fmt: skip
         return operator(
             input.to(dtype), weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
             stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps, relu,
@@ -191,21 +198,30 @@ def _conv(
 ) -> Tensor:
     """``F.conv2d``, by the backend's own operator if it has one. A compiler is better off with the
     convolution that it knows."""
-    dtype = compute_dtype(input)
     own = backend != "eager" and ops.OPERATORS[backend].conv is not None
-    if not own or dtype not in _OWN_CONV_DTYPES or torch.compiler.is_compiling():
+    if backend == "cpu" and compute_dtype(input) not in _CPU_CONV_DTYPES:
+        own = False
+    if not own or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    geometry = (
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    return autograd.conv(*_conv_operands(input, weight, bias), geometry, backend)
+
+
+def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
+    """As the operators take it."""
+    return (
         pair("stride", stride), resolve_padding(padding, weight, stride, dilation),
         pair("dilation", dilation), groups,
     )  # fmt: skip
-    if input.dtype != dtype or weight.dtype != dtype:  # autocast
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return autograd.conv(input, weight, bias, geometry, backend)
 
 
-_OWN_CONV_DTYPES = (torch.float32, torch.bfloat16)
+def _conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+    """In the dtype that they are computed in: autocast's, where it is on."""
+    dtype = compute_dtype(input)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+_CPU_CONV_DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = 16384  # elements
 
 

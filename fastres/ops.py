@@ -9,6 +9,7 @@ kernels are operators of their own, ``fastres::triton_<name>``, with the same sc
 import functools
 import importlib.util
 import os
+import pkgutil
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,26 @@ _SCHEMAS = {
     "conv_bn_relu": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float eps, bool relu) -> Tensor",
+    "conv_bn_relu_training": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? bn_weight, Tensor? bn_bias, "
+    f"{_GEOMETRY}, float momentum, float eps, bool relu) "
+    "-> (Tensor output, Tensor convolved, Tensor save_mean, Tensor save_invstd)",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
 
-# conv_bn_relu is not among them: the vendor's convolution, then bn_relu
-_TRITON = ("add_relu", "add_relu_backward", "bn_relu", "bn_relu_backward")
+# the module of fastres.kernels that has its launcher
+_TRITON = {
+    "add_relu": "add_relu",
+    "add_relu_backward": "add_relu",
+    "bn_relu": "bn_relu",
+    "bn_relu_backward": "bn_relu",
+    "conv_bn_relu": "conv_bn_relu",
+    "conv": "conv",
+    "conv_dgrad": "conv",
+    "conv_wgrad": "conv",
+    "conv_bn_relu_training": "conv_bn_relu",
+}
 for _name in _TRITON:
     _library.define(f"triton_{_name}{_SCHEMAS[_name]}", tags=torch.Tag.pt2_compliant_tag)
 
@@ -66,6 +81,7 @@ conv = torch.ops.fastres.conv.default
 conv_dgrad = torch.ops.fastres.conv_dgrad.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
+conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
 
 
 class Operators(NamedTuple):
@@ -79,6 +95,7 @@ class Operators(NamedTuple):
     conv: OpOverload | None = None
     conv_dgrad: OpOverload | None = None
     conv_wgrad: OpOverload | None = None
+    conv_bn_relu_training: OpOverload | None = None
 
 
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
@@ -86,7 +103,7 @@ OPERATORS = {
     "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
     "cuda": Operators(*_elementwise, conv_bn_relu),
     "triton": Operators(
-        *(getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON)
+        **{_name: getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON}
     ),
 }
 
@@ -173,6 +190,22 @@ def _conv_bn_relu(
     )[0]
 
 
+def _conv_bn_relu_training(
+    input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, momentum, eps, relu,
+):  # fmt: skip
+    checks.conv_bn_relu(
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, True, eps,
+    )  # fmt: skip
+    convolved = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    output, mean, invstd = reference.bn_relu_forward(
+        convolved, residual, running_mean, running_var, bn_weight, bn_bias, True, momentum, eps,
+        relu,
+    )  # fmt: skip
+    return output, convolved, mean, invstd
+
+
 # --- fakes: shapes, dtypes and strides without data ----------------------------------------------
 
 
@@ -229,6 +262,18 @@ def _fake_conv_bn_relu(
     return _fake_conv(input, weight, bias, stride, padding, dilation, groups)
 
 
+def _fake_conv_bn_relu_training(
+    input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, momentum, eps, relu,
+):  # fmt: skip
+    convolved = _fake_conv_bn_relu(
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, eps, relu,
+    )  # fmt: skip
+    statistics = input.new_empty(weight.shape[0], dtype=accumulation_dtype(input.dtype))
+    return torch.empty_like(convolved), convolved, statistics, torch.empty_like(statistics)
+
+
 def _fake_conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
     _check_device(input, grad_output, weight)
     return _like(input)
@@ -275,8 +320,8 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in (
 @functools.cache
 def _launcher(name: str):
     """From ``fastres.kernels``, on first use: Triton takes long to import."""
-    stem = name.removesuffix("_backward")
-    return getattr(importlib.import_module(f".kernels.{stem}", __package__), name)
+    module = importlib.import_module(f".kernels.{_TRITON[name]}", __package__)
+    return getattr(module, name)
 
 
 def _launch(name: str, input: Tensor, *args):
@@ -319,6 +364,53 @@ def _triton_bn_relu_backward(grad_output, input, output, *args):
     return _launch("bn_relu_backward", grad_output, input, output, *args)
 
 
+def _triton_conv(input, weight, bias, stride, padding, dilation, groups):
+    window = (stride, padding, dilation, groups)
+    if not input.numel():
+        return _conv(input, weight, bias, *window)
+    checks.conv(input, weight, bias, *window)
+    return _launch("conv", input, weight, bias, *window)
+
+
+def _triton_conv_dgrad(grad_output, input, weight, *window):
+    if not input.numel():
+        return _conv_dgrad(grad_output, input, weight, *window)
+    _check_convolved(grad_output, input, weight, *window)
+    return _launch("conv_dgrad", grad_output, input, weight, *window)
+
+
+def _triton_conv_wgrad(
+    grad_output, input, weight, stride, padding, dilation, groups, output_mask
+):  # fmt: skip
+    window = (stride, padding, dilation, groups)
+    if not input.numel():
+        return _conv_wgrad(grad_output, input, weight, *window, output_mask)
+    _check_convolved(grad_output, input, weight, *window)
+    return _launch("conv_wgrad", grad_output, input, weight, *window, output_mask)
+
+
+def _triton_conv_bn_relu(input, *args):
+    *operands, eps, relu = args
+    if not input.numel():
+        return _conv_bn_relu(input, *args)
+    checks.conv_bn_relu(input, *operands, False, eps)
+    return _launch("conv_bn_relu", input, *args)
+
+
+def _triton_conv_bn_relu_training(input, *args):
+    *operands, _, eps, _ = args
+    if not input.numel():
+        return _conv_bn_relu_training(input, *args)
+    checks.conv_bn_relu(input, *operands, True, eps)
+    return _launch("conv_bn_relu_training", input, *args)
+
+
+def _check_convolved(grad_output, input, weight, stride, padding, dilation, groups) -> None:
+    checks.conv(input, weight, None, stride, padding, dilation, groups)
+    size = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
+    _check_gradient(grad_output, input.new_empty(()).expand(size))
+
+
 def _check_gradient(gradient: Tensor, like: Tensor, name: str = "grad_output") -> None:
     """A kernel would read past the end of a smaller one."""
     if gradient.shape != like.shape or gradient.dtype != like.dtype:
@@ -350,15 +442,21 @@ def _fake_triton(name: str):
 
     def known(*args):
         if TRITON_FOUND and not TRITON_INTERPRETS:
-            triton_ops_to_kernels.setdefault(f"fastres::triton_{name}", _kernels(name))
+            triton_ops_to_kernels.setdefault(f"fastres::triton_{name}", _kernels())
         return fake(*args)
 
     return known
 
 
-def _kernels(name: str) -> list:
-    jitted = importlib.import_module("triton").JITFunction
-    return [value for value in _launcher(name).__globals__.values() if isinstance(value, jitted)]
+def _kernels() -> list:
+    """Every kernel there is, whichever an operator comes to launch."""
+    triton, package = (importlib.import_module(name) for name in ("triton", f"{__package__}.kernels"))
+    found = {}
+    for module in sorted(each.name for each in pkgutil.iter_modules(package.__path__)):
+        for value in vars(importlib.import_module(f"{package.__name__}.{module}")).values():
+            if isinstance(value, triton.JITFunction):
+                found[id(value)] = value
+    return list(found.values())
 
 
 for _name in _TRITON:

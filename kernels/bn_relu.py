@@ -166,35 +166,53 @@ def bn_relu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``output, mean, invstd``; the running statistics are updated when ``training``."""
     layout = Layout.of(input)
-    x, output = layout.dense(input), layout.empty(input)
-    mean, invstd = _statistics(input), _statistics(input)
-    channels = layout.channels
+    x = layout.dense(input)
     if training:
         cut, tile = layout.segments(), layout.reduction_tile
         means, squares = _statistics(input, cut.count), _statistics(input, cut.count)
-        extent = (layout.outer, layout.inner, channels, cut.rows, cut.columns, cut.across)
+        extent = (layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across)
         wrap(moments_kernel)[(cut.count * layout.channel_blocks,)](
-            x,
-            means,
-            squares,
-            *extent,
-            LAST=layout.last,
-            **tile._asdict(),
-            num_warps=_REDUCTION_WARPS,
-        )
-        wrap(finish_moments_kernel)[(triton.cdiv(channels, _MERGE["BLOCK_C"]),)](
-            means, squares, mean, invstd, running_mean, running_var, cut.count, *extent,
-            momentum, eps, **_MERGE,
+            x, means, squares, *extent,
+            LAST=layout.last, **tile._asdict(), num_warps=_REDUCTION_WARPS,
         )  # fmt: skip
+        mean, invstd = finish_moments(
+            means, squares, extent, running_mean, running_var, momentum, eps, wrap
+        )
     else:
+        channels = layout.channels
+        mean, invstd = _statistics(input), _statistics(input)
         wrap(frozen_moments_kernel)[(triton.cdiv(channels, _FROZEN_BLOCK),)](
             running_mean, running_var, mean, invstd, channels, eps, BLOCK_C=_FROZEN_BLOCK
         )
-    wrap(apply_kernel)[layout.grid()](
-        x, layout.dense(residual), output, mean, invstd, weight, bias, *layout.shape, channels,
-        RELU=relu, LAST=layout.last, **layout.tile._asdict(),
+    return normalise(x, residual, mean, invstd, weight, bias, relu, wrap), mean, invstd
+
+
+def finish_moments(
+    means: Tensor, squares: Tensor, extent: tuple, running_mean: Tensor | None,
+    running_var: Tensor | None, momentum: float, eps: float, wrap,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``mean, invstd`` from those of segments, see ``finish_moments_kernel``."""
+    segments, channels = means.shape
+    mean, invstd = means.new_empty(channels), means.new_empty(channels)
+    wrap(finish_moments_kernel)[(triton.cdiv(channels, _MERGE["BLOCK_C"]),)](
+        means, squares, mean, invstd, running_mean, running_var, segments, *extent,
+        momentum, eps, **_MERGE,
     )  # fmt: skip
-    return output, mean, invstd
+    return mean, invstd
+
+
+def normalise(
+    input: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, relu: bool, wrap,
+) -> Tensor:  # fmt: skip
+    """``act((input - mean) * invstd * weight + bias + residual)``, in the format of ``input``."""
+    layout = Layout.of(input)
+    output = layout.empty(input)
+    wrap(apply_kernel)[layout.grid()](
+        layout.dense(input), layout.dense(residual), output, mean, invstd, weight, bias,
+        *layout.shape, layout.channels, RELU=relu, LAST=layout.last, **layout.tile._asdict(),
+    )  # fmt: skip
+    return output
 
 
 def bn_relu_backward(

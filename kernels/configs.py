@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .layout import multiprocessors
+from .layout import multiprocessors, power_of_2
 
 
 class Tile(NamedTuple):
@@ -23,6 +23,12 @@ class Tile(NamedTuple):
     GROUP_M: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # by conv_pointwise's kernel
+
+    @property
+    def keywords(self) -> dict[str, int]:
+        """Of a launch."""
+        return {name: value for name, value in self._asdict().items() if name != "descriptors"}
 
 
 class Problem(NamedTuple):
@@ -45,6 +51,7 @@ class Problem(NamedTuple):
 #   masked      dgrad with the epilogue for the BN behind: reads one or two more tensors
 #   flat        fprop of few channels, with statistics or without: the stem
 #   wgrad       with or without prologue, flat or not
+#   descriptors fprop of 1x1 on tensor descriptors: never shipped, only measured against the others
 # sm_80's tiles also fit the 99 KB of shared memory that 8.6, 8.9 and 12.x have.
 TILES = {
     80: {
@@ -73,6 +80,7 @@ TILES = {
             Tile(128, 32, 32, 8, 4, 3),
         ),
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
+        "descriptors": (),
         "wgrad": (
             Tile(128, 128, 32, 8, 8, 3),
             Tile(64, 64, 32, 8, 4, 3),
@@ -104,6 +112,10 @@ TILES = {
             Tile(128, 32, 32, 8, 4, 3),
         ),
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
+        "descriptors": (
+            Tile(128, 128, 64, 8, 8, 4, descriptors=True),
+            Tile(128, 64, 64, 8, 4, 4, descriptors=True),
+        ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),
             Tile(64, 64, 64, 8, 4, 3),
@@ -136,6 +148,10 @@ TILES = {
             Tile(128, 32, 32, 8, 4, 3),
         ),
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
+        "descriptors": (
+            Tile(128, 128, 64, 8, 8, 4, descriptors=True),
+            Tile(128, 64, 64, 8, 4, 4, descriptors=True),
+        ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),
             Tile(64, 64, 64, 8, 8, 3),
@@ -158,9 +174,15 @@ MERGED_CHANNELS = 32
 
 def candidates(problem: Problem) -> tuple[Tile, ...]:
     """The tiles worth a try: none that a masked tail would leave half empty while another fits."""
+    if problem.kind == "descriptors" and problem.precision != "half":
+        return ()
     tiles = FP32_TILES.get(problem.precision) or TILES[problem.architecture][problem.kind]
-    rows, columns = (triton.next_power_of_2(n) for n in (problem.rows, problem.columns))
-    fitting = [tile for tile in tiles if tile.BLOCK_N <= columns and tile.BLOCK_M <= rows]
+    fitting = [
+        tile
+        for tile in tiles
+        if power_of_2(problem.rows, tile.BLOCK_M) == tile.BLOCK_M
+        and power_of_2(problem.columns, tile.BLOCK_N) == tile.BLOCK_N
+    ]
     return tuple(fitting) or tiles[-1:]
 
 

@@ -5,10 +5,20 @@ modulo u. So the pixels of x fall into u * v classes, and a launch treats one cl
 of dy with stride 1 over the taps of that class, no product with a zero that striding left behind.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .conv_tile import accumulate, place_of, unravel
+from . import configs, tuning
+from .configs import Tile
+from .conv_operands import Affine, empty_last, grid, last, on, precision, smallest, vectors
+from .conv_shape import Shape, merge_groups, merged, taps_by_class
+from .conv_tile import accumulate_merged, place_of, unravel
+from .segments import MANY, merge_sums
+from .tuning import Way
 
 
 @triton.jit
@@ -44,6 +54,7 @@ def dgrad_kernel(
     w_filter,
     group_channels,
     group_filters,
+    MERGED: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     RELU: tl.constexpr,
@@ -80,12 +91,12 @@ def dgrad_kernel(
         place = (image.to(tl.int64) * height + row * stride_h) * width + column * stride_w
         row += offset_h
         column += offset_w
-    acc = accumulate(
+    acc = accumulate_merged(
         dy, w + group * group_filters * w_filter, None, None, None,
         image, row, column, inside, out, out_known,
-        out_height, out_width, filters, group * group_filters, group_filters, step_h, step_w,
+        out_height, out_width, filters, group * group_filters, group_filters, group_channels, step_h, step_w,
         w_row, w_column, w_filter, 1,
-        R, S, False, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        MERGED, R, S, False, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     c = group * group_channels + out
     place = place[:, None] * channels + c[None, :]
@@ -115,3 +126,78 @@ def dgrad_kernel(
 @triton.jit
 def _row(vector, c, known):
     return tl.load(vector + c, mask=known, other=0).to(tl.float32)[None, :]
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+class Behind(NamedTuple):
+    """The BN and ReLU whose output was a convolution's input: BN's input and coefficients, and the
+    ReLU's output if it was kept (it is recomputed otherwise)."""
+
+    input: Tensor  # (N, C, H, W)
+    affine: Affine
+    output: Tensor | None = None  # (N, C, H, W)
+
+
+def dgrad(
+    dy: Tensor, w: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
+    groups: int = 1, *, residual: Tensor | None = None, behind: Behind | None = None,
+    allow_tf32: bool = False, tile: Tile | None = None, wrap=lambda kernel: kernel,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``g``, ``sums_g``, ``sums_gx``: the gradient of the input plus ``residual``, another gradient
+    of it; with ``behind`` masked by that ReLU, and per segment and channel the sums of g and of
+    ``g * (behind.input - mean)``, for ``finish_sums_kernel``."""
+    dy, w, residual = last(dy), last(w), last(residual)
+    shape = Shape.of(input_size, w.shape, stride, padding, dilation, groups)
+    merge = merged(groups, shape.channels // groups, shape.filters // groups)
+    dx = empty_last(dy, shape.input)
+    if not dx.numel():
+        sums = vectors(dy, 2, 0, shape.channels) if behind else (None, None)
+        return dx, *sums
+    w = merge_groups(w, groups, merge)
+    groups //= merge
+    classes = taps_by_class(shape, w.shape[1])
+    problem = configs.problem(
+        "masked" if behind else "plain", dy, allow_tf32, groups, max(c.pixels for c in classes),
+        shape.channels // groups, shape.filters // groups,
+    )  # fmt: skip
+    source, affine, output = behind or (None, (None, None, None), None)
+    source, output = last(source), last(output)
+
+    def launch(kernel, part, sums, dx=dx, **keywords):
+        images = (
+            t if t is None else t.permute(0, 2, 3, 1).reshape(-1)[part.first_pixel * t.shape[1] :]
+            for t in (dx, residual, source, output)
+        )
+        dx, *others = images
+        kernel[grid(part.pixels, groups, shape.channels // groups)](
+            dy, w.permute(0, 2, 3, 1).reshape(-1)[part.first_weight :], dx, others[0],
+            others[1], *affine, others[2], *sums,
+            part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
+            *shape.output[2:], *stride, *part.offset, *part.step, *part.w_steps,
+            w[0].numel(), shape.channels // groups, shape.filters // groups,
+            MERGED=merge, R=part.taps[0], S=part.taps[1], RELU=behind is not None, PLAIN=shape.pointwise,
+            PADDED=not shape.pointwise, PRECISION=precision(allow_tf32), **keywords,
+        )  # fmt: skip
+
+    def measure(way: Way, tuner):
+        most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
+        sums = (None, None)
+        if behind:
+            tiles = triton.cdiv(most.pixels, smallest(problem))
+            sums = vectors(dy, 2, tiles, shape.channels)
+        way.launch(tuner, most, sums, torch.empty_like(dx))
+
+    with on(dy):
+        key = (shape.taps, stride, residual is None, output is None)
+        way = Way(dgrad_kernel, problem, launch)
+        _, tile = tuning.choose([way], key, dy, measure, tile)
+        tiles = [triton.cdiv(part.pixels, tile.BLOCK_M) for part in classes]
+        sums = vectors(dy, 2, sum(tiles), shape.channels) if behind else (None, None)
+        for i, part in enumerate(classes):
+            own = [s if s is None else s[sum(tiles[:i]) :] for s in sums]
+            launch(wrap(dgrad_kernel), part, own, **tile.keywords)
+        if behind and sum(tiles) > MANY:
+            sums = [merge_sums(s, MANY, s.dtype, wrap) for s in sums]
+    return dx, *sums

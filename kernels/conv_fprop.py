@@ -1,9 +1,18 @@
 """Convolution forward: implicit GEMM with a prologue on what it loads and an epilogue on its sums."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .conv_tile import accumulate, place_of, unravel
+from . import configs, conv_pointwise, tuning
+from .configs import Tile
+from .conv_epilogue import finish
+from .conv_operands import Affine, Norm, empty_last, few, grid, last, on, precision, smallest, vectors
+from .conv_shape import Shape, flat_channels, merge_groups, merged
+from .conv_tile import accumulate_merged, place_of, unravel
+from .segments import Moments, merge_moments
+from .tuning import Way
 
 
 @triton.jit
@@ -11,6 +20,9 @@ def fprop_kernel(
     x,  # (N, H, W, C)
     w,  # (K, R, S, C / groups)
     y,  # (N, P, Q, K)
+    bias,  # (K,) or None
+    mean,  # (K,) or None
+    variance,  # (K,) or None
     scale,  # (K,) or None
     shift,  # (K,) or None
     residual,  # (N, P, Q, K) or None
@@ -34,6 +46,8 @@ def fprop_kernel(
     dilation_w,
     group_channels,
     group_filters,
+    eps,
+    MERGED: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     RELU: tl.constexpr,
@@ -46,11 +60,11 @@ def fprop_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """``act(conv(prologue(x), w) * scale + shift + residual)``.
+    """``act(norm(conv(prologue(x), w) + bias) + residual)``, norm being
+    ``(. - mean) * scale / sqrt(variance + eps) + shift``.
 
-    ``means`` and ``squares`` get the mean of a tile's pixels and the sum of squared deviations from
-    it, of the fp32 sums after scale and shift, before they are rounded. ``PLAIN`` (1x1, stride 1,
-    no padding) needs no image coordinates.
+    ``means`` and ``squares`` get statistics of the convolution, see ``conv_epilogue``. ``PLAIN``
+    (1x1, stride 1, no padding) needs no image coordinates; ``MERGED`` groups are computed as one.
     """
     groups = channels // group_channels
     tiles = tl.cdiv(group_filters, BLOCK_N)
@@ -68,30 +82,82 @@ def fprop_kernel(
         image, row, column = unravel(pixel, out_height, out_width)
         row = row * stride_h - padding_h
         column = column * stride_w - padding_w
-    acc = accumulate(
+    acc = accumulate_merged(
         x, w + group * group_filters * (R * S * group_channels), x_mean, x_scale, x_shift,
         image, row, column, inside, out, out_known,
-        height, width, channels, group * group_channels, group_channels, dilation_h, dilation_w,
-        S * group_channels, group_channels, 1, R * S * group_channels,
-        R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        height, width, channels, group * group_channels, group_channels, group_filters,
+        dilation_h, dilation_w, S * group_channels, group_channels, 1, R * S * group_channels,
+        MERGED, R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    k = group * group_filters + out
-    if scale is not None:
-        acc *= tl.load(scale + k, mask=out_known, other=0).to(tl.float32)[None, :]
-    if shift is not None:
-        acc += tl.load(shift + k, mask=out_known, other=0).to(tl.float32)[None, :]
-    if means is not None:
-        count = tl.minimum(pixels - m * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(tl.where(inside[:, None], acc, 0), 0) / count
-        deviation = tl.where(inside[:, None], acc - mean[None, :], 0)
-        # a second look, not a sum of squares: a mean of 1e4 would drown a deviation of 1
-        square = tl.sum(deviation * deviation, 0)
-        tl.store(means + m * filters + k, mean, mask=out_known)
-        tl.store(squares + m * filters + k, square, mask=out_known)
-    place = pixel.to(tl.int64)[:, None] * filters + k[None, :]
-    known = inside[:, None] & out_known[None, :]
-    if residual is not None:
-        acc += tl.load(residual + place, mask=known, other=0).to(tl.float32)
-    if RELU:
-        acc = tl.where(acc <= 0, 0, acc)  # NaN stays
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=known)
+    finish(
+        acc, y, bias, mean, variance, scale, shift, residual, means, squares,
+        m, pixel, group * group_filters + out, out_known, pixels, filters, eps, RELU, BLOCK_M,
+    )  # fmt: skip
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+def fprop(
+    x: Tensor, w: Tensor, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups: int = 1, *,
+    bias: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None,
+    relu: bool = False, prologue: Affine | None = None, statistics: bool = False,
+    allow_tf32: bool = False, tile: Tile | None = None, wrap=lambda kernel: kernel,
+) -> tuple[Tensor, Moments | None]:  # fmt: skip
+    """``act(norm(conv(prologue(x), w) + bias) + residual)``, prologue being affine and ReLU.
+
+    ``statistics`` are of ``conv + bias`` before it is rounded, for ``finish_moments_kernel``.
+    """
+    Shape.of(x.shape, w.shape, stride, padding, dilation, groups)
+    flat = flat_channels(groups, x.shape[1])
+    x, w, residual, prologue = few(x, flat), few(w, flat), last(residual), few(prologue, flat)
+    shape = Shape.of(x.shape, w.shape, stride, padding, dilation, groups)
+    merge = merged(groups, shape.channels // groups, shape.filters // groups)
+    y = empty_last(x, shape.output)
+    if not y.numel():
+        return y, Moments(*vectors(x, 2, 0, shape.filters), 1) if statistics else None
+    w = merge_groups(w, groups, merge)
+    groups //= merge
+    kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
+    problem = configs.problem(
+        kind, x, allow_tf32, groups, shape.pixels, shape.filters // groups, shape.channels // groups
+    )
+    *normal, eps = norm or (None, None, None, None, 0.0)
+    constants = {"RELU": relu, "PRECISION": precision(allow_tf32)}
+
+    def launch(kernel, block_m: int, y=y, **keywords):
+        tiles = triton.cdiv(shape.pixels, block_m)
+        moments = vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+        kernel[grid(shape.pixels, groups, shape.filters // groups)](
+            x, w, y, bias, *normal, residual, *(prologue or (None, None, None)), *moments,
+            shape.pixels, *shape.input[2:], shape.channels, shape.filters, *shape.output[2:],
+            *stride, *padding, *dilation, shape.channels // groups, shape.filters // groups, eps,
+            MERGED=merge, R=shape.taps[0], S=shape.taps[1], PLAIN=shape.pointwise, FLAT=flat,
+            PADDED=shape.padded, **constants, **keywords,
+        )  # fmt: skip
+        return moments
+
+    def launch_pointwise(kernel, block_m: int, y=y, **keywords):
+        tiles = triton.cdiv(shape.pixels, block_m)
+        moments = vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+        conv_pointwise.launch(
+            kernel, shape, x, w, y, bias, *normal, residual, *moments,
+            eps=eps, **constants, **keywords,
+        )  # fmt: skip
+        return moments
+
+    ways = [Way(fprop_kernel, problem, launch)]
+    if prologue is None and conv_pointwise.fits(shape, groups, x):
+        problem = problem._replace(kind="descriptors")
+        ways.append(Way(conv_pointwise.pointwise_kernel, problem, launch_pointwise))
+
+    def measure(way: Way, tuner):
+        way.launch(tuner, smallest(way.problem), torch.empty_like(y))
+
+    with on(x):
+        key = (statistics, prologue is None, residual is None)
+        way, tile = tuning.choose(ways, key, x, measure, tile)
+        moments = way.launch(wrap(way.kernel), tile.BLOCK_M, **tile.keywords)
+        if not statistics:
+            return y, None
+        return y, merge_moments(Moments(*moments, tile.BLOCK_M), shape.pixels, wrap)

@@ -67,6 +67,8 @@ def accumulate(
     channels,
     first_channel,  # of the group, in x
     group_channels,
+    low,  # of the group's channels, the first and the one behind the last that count; None: all do
+    high,
     step_h,  # rows of x from one tap to the next: dilation, negative in dgrad
     step_w,
     w_row,
@@ -125,6 +127,8 @@ def accumulate(
             s = tap % S
             channel = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
             channel_known = channel < group_channels
+            if low is not None:
+                channel_known &= (channel >= low) & (channel < high)
             here = inside
             if PADDED:
                 y = row + r * step_h
@@ -144,4 +148,40 @@ def accumulate(
                 other=0,
             )
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def accumulate_merged(
+    x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,
+    height, width, channels, first_channel, group_channels, group_out, step_h, step_w,
+    w_row, w_column, w_in, w_out,
+    MERGED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`accumulate` where ``MERGED`` groups are computed as one, with zeros between them.
+
+    0 * Inf is NaN: one group's would reach the others. So a tile that holds a NaN is computed
+    again, each group with nothing but its own channels.
+    """
+    acc = accumulate(
+        x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,
+        height, width, channels, first_channel, group_channels, None, None, step_h, step_w,
+        w_row, w_column, w_in, w_out,
+        R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if MERGED > 1:
+        own_in = group_channels // MERGED
+        own_out = group_out // MERGED
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            for member in range(MERGED):
+                own = accumulate(
+                    x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,
+                    height, width, channels, first_channel, group_channels,
+                    member * own_in, (member + 1) * own_in, step_h, step_w,
+                    w_row, w_column, w_in, w_out,
+                    R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                acc = tl.where((out // own_out == member)[None, :], own, acc)
     return acc

@@ -4,10 +4,18 @@ Few tiles and a depth of up to millions: the pixels are split, every part writes
 ``merge_sums_kernel`` adds the parts in their order. No atomics, so two runs give the same bits.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import configs, tuning
+from .configs import Tile
+from .conv_operands import Affine, empty_last, few, last, on, precision
+from .conv_shape import Shape, flat_channels, merged, split_groups
 from .conv_tile import activated, place_of, unravel
+from .segments import merge_sums
+from .tuning import Way
 
 
 @triton.jit
@@ -123,3 +131,72 @@ def wgrad_kernel(
         acc.to(dw.dtype.element_ty),
         mask=k_known[:, None] & j_known[None, :],
     )
+
+
+# --- launcher ------------------------------------------------------------------------------------
+
+
+def wgrad(
+    dy: Tensor, x: Tensor, weight_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
+    groups: int = 1, *, prologue: Affine | None = None, dtype: torch.dtype | None = None,
+    allow_tf32: bool = False, tile: Tile | None = None, wrap=lambda kernel: kernel,
+) -> Tensor:  # fmt: skip
+    """The gradient of the weight, for an input of ``prologue(x)``, in ``dtype`` (x's)."""
+    dtype = dtype or x.dtype
+    shape = Shape.of(x.shape, weight_size, stride, padding, dilation, groups)
+    if not shape.pixels or not shape.filters:
+        return empty_last(x, weight_size, dtype).zero_()
+    flat = flat_channels(groups, shape.channels)
+    dy, x, prologue = last(dy), few(x, flat), few(prologue, flat)
+    shape = shape._replace(input=tuple(x.shape))
+    merge = merged(groups, shape.channels // groups, shape.filters // groups)
+    groups //= merge
+    group_channels, group_filters = shape.channels // groups, shape.filters // groups
+    taps = shape.taps[0] * shape.taps[1]
+    columns = group_channels * taps if flat else group_channels
+    problem = configs.problem("wgrad", x, allow_tf32, groups, group_filters, columns, shape.pixels)
+    mean, x_scale, x_shift = prologue or (None, None, None)
+
+    def launch(kernel, tile, **keywords):
+        programs = groups * (1 if flat else taps) * triton.cdiv(columns, tile.BLOCK_N)
+        programs *= triton.cdiv(group_filters, tile.BLOCK_M)
+        splits, each = _splits(shape.pixels, programs, problem.multiprocessors, tile.BLOCK_K)
+        straight = splits == 1 and merge == 1  # else the result is rounded last
+        parts = x.new_empty(
+            splits, shape.filters * taps * group_channels,
+            dtype=dtype if straight else torch.float32,
+        )  # fmt: skip
+
+        def grid(meta):
+            tiles = groups * (1 if flat else taps) * triton.cdiv(columns, meta["BLOCK_N"])
+            return tiles * triton.cdiv(group_filters, meta["BLOCK_M"]), splits
+
+        kernel[grid](
+            dy, x, parts, mean, x_scale, x_shift,
+            shape.pixels, each, *shape.input[2:], shape.channels, shape.filters,
+            *shape.output[2:], *stride, *padding, *dilation, group_channels, group_filters,
+            R=shape.taps[0], S=shape.taps[1], PLAIN=shape.pointwise, FLAT=flat,
+            PADDED=shape.padded, PRECISION=precision(allow_tf32), **keywords,
+        )  # fmt: skip
+        return parts
+
+    def measure(way: Way, tuner):
+        way.launch(tuner, configs.shipped(problem))
+
+    with on(x):
+        key = (shape.taps, prologue is None)
+        way = Way(wgrad_kernel, problem, launch)
+        _, tile = tuning.choose([way], key, x, measure, tile)
+        parts = launch(wrap(wgrad_kernel), tile, **tile.keywords)
+        if parts.shape[0] > 1:
+            parts = merge_sums(parts, 1, dtype, wrap)
+        return split_groups(parts, weight_size, groups, merge).to(dtype)
+
+
+def _splits(pixels: int, programs: int, multiprocessors: int, block: int) -> tuple[int, int]:
+    """How many parts of how many pixels: two programs a multiprocessor, but no part so short that
+    writing and adding its sums takes longer than finding them."""
+    wanted = triton.cdiv(2 * multiprocessors, programs)
+    each = triton.cdiv(triton.cdiv(pixels, wanted), block) * block
+    each = max(each, 8 * block)
+    return triton.cdiv(pixels, each), each

@@ -1,4 +1,5 @@
-"""Which tile a launch uses: the shipped choice, or with ``FASTRES_AUTOTUNE=1`` a measured one.
+"""Which kernel and tile a launch uses: the shipped choice, or with ``FASTRES_AUTOTUNE=1`` a
+measured one.
 
 Shipped is the default: a first call then takes no minute, sums are added in the same order in every
 process (same bits), and a launch may be captured into a CUDA graph at once. Measuring runs on
@@ -8,7 +9,8 @@ outputs of its own, and its results are kept in Triton's cache on disk.
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,30 +20,63 @@ from . import configs
 from .configs import Problem, Tile
 
 _lock = threading.Lock()
-_measured: dict[tuple, Tile] = {}
+_measured: dict[tuple, tuple[int, Tile]] = {}
+
+
+class Way(NamedTuple):
+    """A kernel that computes a problem. ``problem.kind`` names its tiles."""
+
+    kernel: object
+    problem: Problem
+    launch: Callable[..., object]
 
 
 def choose(
-    kernel, problem: Problem, key: tuple, like: Tensor, measure: Callable[..., object]
-) -> Tile:
-    """The tile for ``kernel`` on ``problem``. ``measure(tuner)`` launches ``tuner``, which stands
-    for the kernel without a tile, on fresh outputs; ``key`` tells launches apart that differ in
-    more than the problem."""
-    shipped = configs.shipped(problem)
+    ways: Sequence[Way], key: tuple, like: Tensor, measure: Callable[[Way, object], object],
+    tile: Tile | None = None,
+) -> tuple[Way, Tile]:  # fmt: skip
+    """The way to compute a problem and its tile, ``tile`` where it is given; shipped is the first.
+
+    ``measure(way, tuner)`` launches ``tuner``, which stands for the way's kernel without a tile, on
+    fresh outputs; ``key`` tells launches apart that differ in more than the problem.
+    """
+    if tile is not None:
+        return ways[-1 if tile.descriptors else 0], tile
+    shipped = ways[0], configs.shipped(ways[0].problem)
     if os.environ.get("FASTRES_AUTOTUNE", "0") != "1":
         return shipped
-    key = (kernel, problem, key, like.dtype, like.device)
-    tile = _measured.get(key)
-    if tile is None:
+    key = (ways[0].kernel, ways[0].problem, key, like.dtype, like.device)
+    if key not in _measured:
         if not _measurable(like):
             return shipped
         with _lock:  # the tuner keeps its best configuration in an attribute
-            tuner = tuner_of(kernel, problem)
-            measure(tuner)
-            best = tuner.best_config.all_kwargs()
-        tile = Tile(**{name: best[name] for name in Tile._fields})
-        _measured[key] = tile
-    return tile
+            _measured[key] = _fastest(ways, measure)
+    index, tile = _measured[key]
+    return ways[index], tile
+
+
+def _fastest(ways: Sequence[Way], measure) -> tuple[int, Tile]:
+    """Index of the way, and its tile."""
+    found = []
+    for index, way in enumerate(ways):
+        tiles = configs.candidates(way.problem)
+        if not tiles:
+            continue
+        tuner = tuner_of(way.kernel, way.problem)
+        measure(way, tuner)
+        best = tuner.best_config.all_kwargs()
+        tile = next(t for t in tiles if all(best[k] == v for k, v in t.keywords.items()))
+        if len(ways) == 1:
+            return index, tile
+        timings = getattr(tuner, "configs_timings", None)
+        if timings:
+            median, *_ = timings[tuner.best_config]
+        else:  # of a single tile, which a tuner does not time
+            median, *_ = tuner.do_bench(
+                functools.partial(measure, way, tuner), quantiles=(0.5, 0.2, 0.8)
+            )
+        found.append((median, index, tile))
+    return min(found)[1:]
 
 
 def _measurable(like: Tensor) -> bool:
@@ -57,7 +92,7 @@ def tuner_of(kernel, problem: Problem, do_bench=None):
     it, so every problem has a tuner, and a file on disk, of its own."""
     pruned = [
         triton.Config(
-            {name: value for name, value in tile._asdict().items() if not name.startswith("num_")},
+            {name: value for name, value in tile.keywords.items() if not name.startswith("num_")},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -71,5 +106,5 @@ def tuner_of(kernel, problem: Problem, do_bench=None):
 _SIZES = {
     "pixels", "height", "width", "channels", "filters", "out_height", "out_width", "group_channels",
     "stride_h", "stride_w", "dilation_h", "dilation_w", "step_h", "step_w", "R", "S", "RELU",
-    "PLAIN", "FLAT", "PADDED", "PRECISION",
+    "PLAIN", "FLAT", "PADDED", "PRECISION", "MERGED",
 }  # fmt: skip

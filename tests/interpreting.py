@@ -40,6 +40,23 @@ def interpreted():
             setattr(sys.modules[_PACKAGE], name.rpartition(".")[2], module)
 
 
+def launchers() -> SimpleNamespace:
+    """Of the convolutions' kernels, and what they take: interpreted ones inside ``interpreted``."""
+    found = {
+        "conv_fprop": ("fprop",),
+        "conv_dgrad": ("dgrad", "Behind"),
+        "conv_wgrad": ("wgrad",),
+        "conv_operands": ("Affine", "Norm"),
+    }
+    return SimpleNamespace(
+        **{
+            name: getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
+            for module, names in found.items()
+            for name in names
+        }
+    )
+
+
 def _forget_kernels() -> dict:
     names = [name for name in sys.modules if name.startswith(f"{_PACKAGE}.")]
     for name in names:

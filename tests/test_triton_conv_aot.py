@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 aot = importlib.import_module("aot")
 configs = importlib.import_module("fastres.kernels.configs")
-launchers = importlib.import_module("fastres.kernels.conv_bn_relu")
+launch = importlib.import_module("interpreting").launchers()
 segments = importlib.import_module("fastres.kernels.segments")
 
 TABLE = Path(__file__).parents[1] / "bench/results/triton-aot.md"
@@ -50,9 +50,13 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
     """At ResNet-50's shapes with 256 channels, batch 256, and its stem."""
     activation, vector = (functools.partial(empty, dtype=d) for d in (dtype, torch.float32))
     x = activation(256, 256, 14, 14)
-    affine = launchers.Affine(*(vector(256) for _ in range(3)))
-    eval_epilogue = {"scale": vector(256), "shift": vector(256), "residual": x, "relu": True}
-    behind = {"residual": x, "behind": launchers.Behind(x, affine)}
+    affine = launch.Affine(*(vector(256) for _ in range(3)))
+    eval_epilogue = {
+        "norm": launch.Norm(*(vector(256) for _ in range(4)), 1e-5),
+        "residual": x,
+        "relu": True,
+    }
+    behind = {"residual": x, "behind": launch.Behind(x, affine)}
     tf32 = {"allow_tf32": allow_tf32}
     for size, padding in ((3, (1, 1)), (1, (0, 0))):
         w = activation(256, 256, size, size)
@@ -64,15 +68,14 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
                 lambda tile: launcher(*operands, **window, **keywords, tile=tile),
             )  # fmt: skip
 
-        fprop, dgrad, wgrad = (getattr(launchers, f"conv_{k}") for k in ("fprop", "dgrad", "wgrad"))
-        yield case("dgrad", "plain", dgrad, x, w, x.shape)
-        yield case("fprop prologue", "prologue", fprop, x, w, prologue=affine, statistics=True)
+        yield case("dgrad", "plain", launch.dgrad, x, w, x.shape)
+        yield case("fprop prologue", "prologue", launch.fprop, x, w, prologue=affine, statistics=True)
         if size == 1:  # differs in its addresses, and these two load both operands both ways
             continue
-        yield case("fprop eval", "plain", fprop, x, w, **eval_epilogue)
-        yield case("fprop statistics", "statistics", fprop, x, w, statistics=True)
-        yield case("dgrad masked", "masked", dgrad, x, w, x.shape, **behind)
-        yield case("wgrad prologue", "wgrad", wgrad, x, x, w.shape, prologue=affine)
+        yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
+        yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
+        yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
+        yield case("wgrad prologue", "wgrad", launch.wgrad, x, x, w.shape, prologue=affine)
     image, w, map_ = (
         activation(256, 3, 224, 224),
         activation(64, 3, 7, 7),
@@ -81,12 +84,12 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
     stem = {"stride": (2, 2), "padding": (3, 3), **tf32}
     yield Case(  # an RGB pixel, padded, is 8 bytes
         "fprop stem", "flat",
-        lambda tile: launchers.conv_fprop(image, w, **stem, statistics=True, tile=tile),
+        lambda tile: launch.fprop(image, w, **stem, statistics=True, tile=tile),
         load_bits=64,
     )  # fmt: skip
     yield Case(
         "wgrad stem", "wgrad",
-        lambda tile: launchers.conv_wgrad(map_, image, w.shape, **stem, tile=tile),
+        lambda tile: launch.wgrad(map_, image, w.shape, **stem, tile=tile),
         store_bits=64,
     )  # fmt: skip
 
@@ -175,20 +178,20 @@ def test_groups_and_strides(architecture, monkeypatch):
     x, w = activation(256, 128, 56, 56), activation(128, 4, 3, 3)
     window = {"padding": (1, 1), "groups": 32}
     with aot.recorded() as launches:
-        launchers.conv_fprop(x, w, **window)
-        launchers.conv_dgrad(x, w, x.shape, **window)
-        launchers.conv_wgrad(x, x, w.shape, **window)
+        launch.fprop(x, w, **window)
+        launch.dgrad(x, w, x.shape, **window)
+        launch.wgrad(x, x, w.shape, **window)
         dy = activation(256, 128, 28, 28)
         for size, padding in ((3, (1, 1)), (1, (0, 0))):
             filters = activation(128, 128, size, size)
-            launchers.conv_dgrad(dy, filters, x.shape, stride=(2, 2), padding=padding)
+            launch.dgrad(dy, filters, x.shape, stride=(2, 2), padding=padding)
     assert len(launches) == 3 + 4 + 4
-    for launch in launches:
-        binary = aot.compile_launch(launch, architecture)
+    for made in launches:
+        binary = aot.compile_launch(made, architecture)
         loads = binary.count("LDG.128") + binary.count("LDGSTS.128")
         assert binary.spills == 0 and binary.count("STG.128")
         # three classes of a 1x1 with stride 2 only write zeros
-        assert bool(loads) == (launch.keywords["R"] > 0)
+        assert bool(loads) == (made.keywords["R"] > 0)
 
 
 @pytest.mark.parametrize("allow_tf32", [False, True], ids=["ieee", "tf32"])
@@ -208,8 +211,8 @@ def test_merging(architecture):
         segments.merge_moments(segments.Moments(means, means, 128), 802816, lambda kernel: kernel)
         segments.merge_sums(wide, 1, torch.bfloat16, lambda kernel: kernel)
     assert len(launches) == 2
-    for launch in launches:
-        binary = aot.compile_launch(launch, architecture)
+    for made in launches:
+        binary = aot.compile_launch(made, architecture)
         assert binary.spills == 0 and binary.count("LDG.128")
 
 

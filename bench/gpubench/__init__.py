@@ -1,0 +1,1 @@
+"""The sections of ``bench/gpu.py``, and what runs, times and reports them."""

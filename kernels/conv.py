@@ -1,0 +1,99 @@
+"""The convolution and its gradients as operators: by Triton's kernels or the vendor's, see
+``conv_choice``. ``wrap`` is applied to every kernel: ``torch.library.wrap_triton`` makes the launch
+visible to a graph that is being traced.
+"""
+
+import torch
+from torch import Tensor
+
+from . import conv_choice
+from .conv_dgrad import dgrad
+from .conv_fprop import fprop
+from .conv_wgrad import wgrad
+
+
+def conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
+    wrap=lambda kernel: kernel,
+) -> Tensor:  # fmt: skip
+    """``F.conv2d``."""
+    window = (stride, padding, dilation, groups)
+    if not serves_forward("conv", input, weight, *window):
+        return torch.nn.functional.conv2d(input, weight, bias, *window)
+    return fprop(input, weight, *window, bias=bias, allow_tf32=allows_tf32(input), wrap=wrap)[0]
+
+
+def conv_dgrad(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
+    wrap=lambda kernel: kernel,
+) -> Tensor:  # fmt: skip
+    """The gradient of the input."""
+    window = (stride, padding, dilation, groups)
+    tf32 = allows_tf32(input)
+    if not conv_choice.serves(
+        "dgrad", grad_output, weight.shape, stride, dilation, groups,
+        last=conv_choice.is_last(input), most_pixels=_most_pixels(input, grad_output),
+        allow_tf32=tf32,
+    ):  # fmt: skip
+        return _vendors_gradients(grad_output, input, weight, *window, [True, False, False])[0]
+    return dgrad(grad_output, weight, input.shape, *window, allow_tf32=tf32, wrap=wrap)[0]
+
+
+def conv_wgrad(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
+    output_mask: list[bool], wrap=lambda kernel: kernel,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of weight and bias; one that ``output_mask`` does not ask for is empty."""
+    window = (stride, padding, dilation, groups)
+    want_weight, want_bias = output_mask
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
+    tf32 = allows_tf32(input)
+    own = want_weight and conv_choice.serves(
+        "wgrad", input, weight.shape, stride, dilation, groups,
+        last=conv_choice.is_last(input, grad_output),
+        most_pixels=_most_pixels(input, grad_output), allow_tf32=tf32,
+    )  # fmt: skip
+    if own:
+        found = wgrad(grad_output, input, weight.shape, *window, allow_tf32=tf32, wrap=wrap)
+        grad_weight = torch.empty_like(weight)
+        if grad_weight.stride() == found.stride():
+            grad_weight = found
+        else:  # the weight has another memory format
+            grad_weight.copy_(found)
+    elif want_weight:
+        grad_weight = _vendors_gradients(grad_output, input, weight, *window, [False, True, False])[1]
+    if want_bias:
+        grad_bias = grad_output.sum((0, 2, 3))
+    return grad_weight, grad_bias
+
+
+def serves_forward(
+    what: str, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int
+) -> bool:
+    """``conv_choice.serves`` for a pass that gives the convolution's output."""
+    rows, columns = (
+        (size + 2 * p - d * (taps - 1) - 1) // s + 1
+        for size, taps, s, p, d in zip(
+            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    pixels = input.shape[0] * max(rows * columns, input.shape[2] * input.shape[3])
+    return conv_choice.serves(
+        what, input, weight.shape, stride, dilation, groups,
+        last=conv_choice.is_last(input, weight), most_pixels=pixels, allow_tf32=allows_tf32(input),
+    )  # fmt: skip
+
+
+def allows_tf32(tensor: Tensor) -> bool:
+    """As PyTorch's own convolutions of float32 do."""
+    return tensor.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+
+
+def _most_pixels(*maps: Tensor) -> int:
+    return max(tensor.shape[0] * tensor.shape[2] * tensor.shape[3] for tensor in maps)
+
+
+def _vendors_gradients(grad_output, input, weight, stride, padding, dilation, groups, mask):
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
