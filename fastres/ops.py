@@ -101,7 +101,9 @@ class Operators(NamedTuple):
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
 OPERATORS = {
     "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
-    "cuda": Operators(*_elementwise, conv_bn_relu),
+    "cuda": Operators(
+        *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, conv_bn_relu_training
+    ),
     "triton": Operators(
         **{_name: getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON}
     ),
@@ -450,7 +452,9 @@ def _fake_triton(name: str):
 
 def _kernels() -> list:
     """Every kernel there is, whichever an operator comes to launch."""
-    triton, package = (importlib.import_module(name) for name in ("triton", f"{__package__}.kernels"))
+    triton, package = (
+        importlib.import_module(name) for name in ("triton", f"{__package__}.kernels")
+    )
     found = {}
     for module in sorted(each.name for each in pkgutil.iter_modules(package.__path__)):
         for value in vars(importlib.import_module(f"{package.__name__}.{module}")).values():

@@ -206,7 +206,8 @@ def test_a_missing_barrier_is_seen():
     """The emulator itself: a kernel that needs a barrier is wrong without it and right with it, and
     a barrier that only half of the block reaches is a deadlock."""
     library = emulating.library("barriers")
-    right, wrong = (library.reversal(barrier) for barrier in (True, False))
-    assert right and not wrong
+    library.reversal.restype = ctypes.c_bool
+    assert library.reversal(True, 1)
+    assert not library.reversal(False, 1000)  # other values than those that lie there already
     library.half_of_a_block.restype = ctypes.c_char_p
     assert library.half_of_a_block() == b"deadlock"

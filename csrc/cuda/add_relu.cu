@@ -1,44 +1,27 @@
 #include "add_relu.cuh"
 
-#include <ATen/Dispatch.h>
-
-#include "../checks.h"
-#include "launch.h"
-#include "operators.h"
+#include "add_relu.h"
+#include "queue.cuh"
 
 namespace fastres::cuda {
-namespace {
 
-// f over two checked tensors of equal shape, dtype and device, in the memory format of `like`.
-template <typename F>
-at::Tensor combine_tensors(const at::Tensor& a, const at::Tensor& b, const at::Tensor& like, F f) {
-  const c10::DeviceGuard guard(like.device());
-  const auto format = output_format(like);
-  const auto x = a.contiguous(format), y = b.contiguous(format);
-  auto out = empty_in(like, format);
-  if (out.numel() == 0) return out;
-  const Queue queue("add_relu", like.device());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "add_relu", [&] {
-    using T = device_t<scalar_t>;
-    combine(queue, static_cast<const T*>(x.const_data_ptr()),
-            static_cast<const T*>(y.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
-            out.numel(), f);
-  });
-  return out;
+template <typename T>
+void launch_add_relu(cudaStream_t stream, const T* a, const T* b, T* out, int64_t n,
+                     Combination f) {
+  const Queue queue("add_relu", stream);
+  if (f == Combination::kAddRelu)
+    combine(queue, a, b, out, n, AddRelu{});
+  else
+    combine(queue, a, b, out, n, ReluMask{});
 }
 
-}  // namespace
-
-at::Tensor add_relu(const at::Tensor& input, const at::Tensor& residual) {
-  check_tensor(input, "input", at::kCUDA);
-  check_like(residual, "residual", input, "input");
-  return combine_tensors(input, residual, input, AddRelu{});
-}
-
-at::Tensor add_relu_backward(const at::Tensor& grad_output, const at::Tensor& output) {
-  check_tensor(output, "output", at::kCUDA);
-  check_like(grad_output, "grad_output", output, "output");
-  return combine_tensors(grad_output, output, output, ReluMask{});
-}
+template void launch_add_relu(cudaStream_t, const double*, const double*, double*, int64_t,
+                              Combination);
+template void launch_add_relu(cudaStream_t, const float*, const float*, float*, int64_t,
+                              Combination);
+template void launch_add_relu(cudaStream_t, const __half*, const __half*, __half*, int64_t,
+                              Combination);
+template void launch_add_relu(cudaStream_t, const __nv_bfloat16*, const __nv_bfloat16*,
+                              __nv_bfloat16*, int64_t, Combination);
 
 }  // namespace fastres::cuda

@@ -8,13 +8,6 @@
 
 namespace fastres::cuda {
 
-// Of the values of a channel in a segment: how many, a pivot, and the sums of x - pivot and of the
-// squared deviations from their mean. The mean, pivot + sum / count, would lose an infinity.
-template <typename A>
-struct Moments {
-  A count, pivot, sum, squares;
-};
-
 // moments (channels, segments). The pivot is the mean of the block's first packs. By Cauchy and
 // Schwarz n * (mean - pivot)^2 is at most the squares times the number of packs a thread has: what
 // cancels in the end is worth a few bits at worst, be the mean 1e4 times the deviation.
@@ -55,13 +48,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         count[0], pivot[j], sum[j], around < 0 ? A(0) : around};  // NaN stays
   }
 }
-
-// Where the statistics of a batch go; the running ones may be null.
-template <typename A>
-struct Statistics {
-  A *mean, *invstd, *running_mean, *running_var;
-  double momentum, eps;
-};
 
 // Merges the segments of a channel (Chan, Golub, LeVeque 1979), a warp for each. The one place
 // where running statistics are updated.
@@ -131,52 +117,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// The arrays of one call, all on one device. Activations are dense; `moments` has room for
-// bn_relu_moments_size() elements, the running statistics are written only when training.
-template <typename T>
-struct BnRelu {
-  const T *input, *residual;
-  T* output;
-  Vectors<acc_t<T>> vectors;  // mean and invstd: those of `statistics`
-  Statistics<acc_t<T>> statistics;
-  Moments<acc_t<T>>* moments;
-  int64_t segments;  // of moments that are there already, else 0
-  bool training, relu;
-};
-
-// f(N, kSideBySide) as constants: a pack of 16 bytes where every run is a whole number of them and
-// they are aligned, else single values.
-template <typename T, typename F>
-void with_form(const Activation& a, bool is_aligned, F f) {
-  constexpr int kWide = kPackBytes / sizeof(T);
-  const bool wide = is_aligned && a.run() % kWide == 0;
-  const auto with_pack = [&](auto pack) {
-    if (a.side_by_side)
-      f(pack, std::true_type());
-    else
-      f(pack, std::false_type());
-  };
-  if (wide)
-    with_pack(std::integral_constant<int, kWide>());
-  else
-    with_pack(std::integral_constant<int, 1>());
-}
-
-template <typename T>
-bool all_aligned(const BnRelu<T>& b) {
-  return aligned(b.input) && aligned(b.residual) && aligned(b.output);
-}
-
+// Blocks of a kernel that has a warp for every channel.
 inline int64_t warps_of_blocks(int64_t channels) { return ceil_div(channels * 32, kThreads); }
-
-template <typename T>
-int64_t bn_relu_moments_size(const Activation& a, bool is_aligned, int multiprocessors) {
-  int64_t size = 0;
-  with_form<T>(a, is_aligned, [&](auto pack, auto) {
-    size = cut_to_reduce(a, pack, multiprocessors).segments * a.channels;
-  });
-  return size;
-}
 
 // Launches what computes one call: the host's code, free of torch.
 template <typename T, typename Queue>

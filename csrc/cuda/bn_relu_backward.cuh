@@ -5,10 +5,6 @@
 
 namespace fastres::cuda {
 
-// Where backward learns which gradients ReLU blocked: computed anew, by forward's operations, or
-// from what forward wrote.
-enum class Mask { kNone, kFromInput, kFromOutput };
-
 // The gradient that ReLU let pass; where the output is NaN it passes.
 template <typename T, typename A>
 __device__ A masked(T grad_output, T input, T output, const Coefficients<A>& k, Mask mask) {
@@ -18,20 +14,6 @@ __device__ A masked(T grad_output, T input, T output, const Coefficients<A>& k, 
   if (mask == Mask::kFromInput) narrow(k(widen(input)), y);
   return widen(y) <= 0 ? A(0) : g;
 }
-
-// Activations of one call; `output` is read only where the mask comes from it, grad_input and
-// grad_residual are written where they are not null.
-template <typename T>
-struct Gradients {
-  const T *grad_output, *input, *output;
-  T *grad_input, *grad_residual;
-};
-
-// Of a segment: the sums of g and of g * (x - mean), g being the masked gradient.
-template <typename A>
-struct Sums {
-  A g, gx;
-};
 
 // sums (channels, segments); writes grad_residual where it is not null.
 template <typename T, int N, bool kSideBySide>
@@ -66,12 +48,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     sums[(walk.channel() + j) * cut.segments + walk.segment()] = {sum_g[j], sum_gx[j]};
   }
 }
-
-// What the second pass needs of a channel: dx = scale * (g - offset - (x - mean) * slope).
-template <typename A>
-struct Slopes {
-  A slope, offset;
-};
 
 // A warp for every channel; grad_weight and grad_bias may be null.
 template <typename A>
@@ -131,25 +107,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (p.grad_residual) store<N>(p.grad_residual + offset, passed);
     if (p.grad_input) store<N>(p.grad_input + offset, dx);
   });
-}
-
-// The arrays of one call, all on one device; those that are not wanted are null. `sums` has room
-// for bn_relu_moments_size() elements, `slopes` for one a channel.
-template <typename T>
-struct BnReluBackward {
-  Gradients<T> activations;
-  Vectors<acc_t<T>> vectors;
-  acc_t<T>*grad_weight, *grad_bias;
-  Sums<acc_t<T>>* sums;
-  Slopes<acc_t<T>>* slopes;
-  Mask mask;
-  bool training;
-};
-
-template <typename T>
-bool all_aligned(const Gradients<T>& p) {
-  return aligned(p.grad_output) && aligned(p.input) && aligned(p.output) && aligned(p.grad_input) &&
-         aligned(p.grad_residual);
 }
 
 // Launches what computes one call: the host's code, free of torch.

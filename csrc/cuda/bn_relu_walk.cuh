@@ -2,15 +2,9 @@
 // the threads of a block.
 #pragma once
 
-#include "bn_relu_plan.h"
+#include "bn_relu.h"
 
 namespace fastres::cuda {
-
-// Per channel, in the type of accumulators; weight (1) and bias (0) may be null.
-template <typename A>
-struct Vectors {
-  const A *mean, *invstd, *weight, *bias;
-};
 
 // y = (x - mean) * scale + shift
 template <typename A>

@@ -1,16 +1,9 @@
 // conv_bn_relu: batch norm as the scale and the shift of the convolution's epilogue.
 #pragma once
 
-#include "pack.cuh"
+#include "conv_fprop.h"
 
 namespace fastres::cuda {
-
-// Vectors of K values; conv_bias, weight and bias may be null.
-template <typename A>
-struct RunningBatchNorm {
-  const A *conv_bias, *mean, *var, *weight, *bias;
-  double eps;
-};
 
 // scale = weight / sqrt(var + eps), shift = (conv_bias - mean) * scale + bias
 template <typename A>

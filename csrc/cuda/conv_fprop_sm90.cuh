@@ -7,22 +7,12 @@
 // memory. No atomics: two runs give the same bits.
 #pragma once
 
-#include "bn_relu.cuh"
+#include "conv_fprop.h"
 #include "sm90.cuh"
 
 namespace fastres::cuda {
 
 constexpr int kConvThreads = 384;
-
-// What becomes of the sums. kApply: y = act(sum * scale + shift + residual). kMoments: y = sum, and
-// of every filter the moments of a tile's 128 values, as rounded in y.
-enum class Epilogue { kApply, kMoments };
-
-struct ConvEpilogue {
-  const float *scale, *shift;  // K values; kApply; null: 1 and 0
-  bool residual, relu;
-  Moments<float>* moments;  // (K, tiles down); kMoments
-};
 
 template <int kTileK>
 struct ConvMemory {
@@ -280,14 +270,6 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   __trap();  // the host starts it on sm_90 only
 #endif
 }
-
-// The arrays of one call, all on one device: activations dense in channels_last, filters (K, R, S,
-// C). `moments` has room for K * tiles down.
-struct ConvFprop {
-  const void *input, *filter, *residual;
-  void* output;
-  ConvEpilogue epilogue;
-};
 
 // Launches one convolution whose shape fits_im2col(): the host's code, free of torch.
 template <typename T, Epilogue kEpilogue, typename Queue>

@@ -1,19 +1,27 @@
-// Launching kernels on PyTorch's current stream, through the interfaces that every build of
+// What host code needs of PyTorch and of the device, through the interfaces that every build of
 // PyTorch has: c10/cuda and ATen/cuda compile only against a CUDA build.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <cstdint>
-#include <limits>
-#include <type_traits>
+#include "pack.cuh"
 
 namespace fastres::cuda {
+
+// What an operator runs in: below autograd and autocast, which saw the call already, on its
+// tensors' device.
+struct Below {
+  explicit Below(const at::Device& device) : device(device) {}
+
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCUDA};
+  const c10::DeviceGuard device;
+};
 
 // The device's own type for one of ATen's.
 template <typename T>
@@ -21,43 +29,45 @@ using device_t =
     std::conditional_t<std::is_same_v<T, c10::Half>, __half,
                        std::conditional_t<std::is_same_v<T, c10::BFloat16>, __nv_bfloat16, T>>;
 
-inline cudaStream_t current_stream(const at::Device& device) {
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  return static_cast<cudaStream_t>(guard.getStream(device).native_handle());
+inline cudaStream_t current_stream(const at::Tensor& t) {
+  const c10::impl::VirtualGuardImpl guard(t.device().type());
+  return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
   TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
-
-inline int multiprocessors(const at::Device& device) {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()),
-             "cudaDevAttrMultiProcessorCount");
-  return count;
+inline int attribute(cudaDeviceAttr which, const at::Tensor& t) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, t.device().index()), "cudaDeviceGetAttribute");
+  return value;
 }
 
-// A stream as the torch-free host code of the .cuh files knows it: something that runs kernels in
-// the order of the calls.
-class Queue {
- public:
-  Queue(const char* name, const at::Device& device)
-      : name_(name), stream_(current_stream(device)) {}
+inline int multiprocessors(const at::Tensor& t) {
+  return attribute(cudaDevAttrMultiProcessorCount, t);
+}
 
-  template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
-                  const Arguments&... arguments) const {
-    TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), name_, ": a launch of ", blocks,
-                " blocks is too large");
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
-    check_launch(name_);
-  }
+// Null where there is no tensor.
+template <typename T>
+T* data(const at::Tensor& t) {
+  if (!t.defined()) return nullptr;
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(t.const_data_ptr());
+  else
+    return static_cast<T*>(t.mutable_data_ptr());
+}
 
- private:
-  const char* name_;
-  cudaStream_t stream_;
-};
+// A value per channel in the type of accumulators, dense: t itself where it is so.
+template <typename A>
+at::Tensor vector(const std::optional<at::Tensor>& t) {
+  if (!t.has_value() || !t->defined()) return {};
+  return t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+}
+
+template <typename E>
+at::Tensor workspace(const at::Tensor& like, int64_t elements) {
+  return at::empty({elements * static_cast<int64_t>(sizeof(E))}, like.options().dtype(at::kByte));
+}
 
 }  // namespace fastres::cuda

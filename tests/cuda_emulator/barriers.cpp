@@ -18,12 +18,12 @@ void wait_in_half() {
 
 }  // namespace
 
-extern "C" bool reversal(bool barrier) {
+extern "C" bool reversal(bool barrier, int first) {
   int values[kThreads];
-  for (int i = 0; i < kThreads; ++i) values[i] = i + 1;
+  for (int i = 0; i < kThreads; ++i) values[i] = first + i;
   emulator::Queue()(reverse, 1, kThreads, +values, barrier);
   for (int i = 0; i < kThreads; ++i) {
-    if (values[i] != kThreads - i) return false;
+    if (values[i] != first + kThreads - 1 - i) return false;
   }
   return true;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -31,11 +32,13 @@ namespace emulator {
 
 using Condition = std::function<bool()>;
 
+// Entered once as a context, then by jumps, which need no system call.
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
+  jmp_buf place;
   Condition waits_for;  // empty: it can go on
-  bool done;
+  bool started, done;
 };
 
 struct Barrier {
@@ -53,7 +56,7 @@ constexpr size_t kSharedBytes = 227 << 10;
 
 inline std::mt19937 random_numbers{1};
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current, threads;
 inline Barrier barriers[16];
 inline std::vector<Warp> warps;
@@ -66,7 +69,7 @@ inline void wait_until(Condition condition) {
   if (condition()) return;
   Fiber& self = fibers[current];
   self.waits_for = std::move(condition);
-  swapcontext(&self.context, &scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void arrive_and_wait(Barrier& barrier, int expected) {
@@ -82,7 +85,7 @@ inline void arrive_and_wait(Barrier& barrier, int expected) {
 inline void enter() {
   body();
   fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 inline void resume(int thread) {
@@ -90,10 +93,13 @@ inline void resume(int thread) {
   fiber.waits_for = nullptr;
   current = thread;
   threadIdx = {static_cast<unsigned>(thread), 0, 0};
-  swapcontext(&scheduler, &fiber.context);
+  if (_setjmp(scheduler) != 0) return;  // it waits, or is done
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 
-inline void start(Fiber& fiber) {
+inline void prepare(Fiber& fiber) {
   if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -101,7 +107,7 @@ inline void start(Fiber& fiber) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, &enter, 0);
   fiber.waits_for = nullptr;
-  fiber.done = false;
+  fiber.started = fiber.done = false;
 }
 
 inline bool do_something_pending() {
@@ -120,7 +126,7 @@ inline void run_block() {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in every type
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
-  for (int i = 0; i < threads; ++i) start(fibers[i]);
+  for (int i = 0; i < threads; ++i) prepare(fibers[i]);
   for (int left = threads; left > 0;) {
     bool moved = false;
     std::shuffle(order.begin(), order.begin() + left, random_numbers);

@@ -1,7 +1,7 @@
 #include "tensor_map.h"
 
 #include <c10/util/Exception.h>
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 namespace fastres::cuda {
 namespace {
