@@ -9,7 +9,7 @@ CUDA := $(or $(FASTRES_CUDA),auto)
 INSTALLED := $(BUILD)/.installed-cuda-$(CUDA)
 PACKAGED := setup.py pyproject.toml $(shell find csrc kernels -type f 2>/dev/null)
 LINTED := setup.py fastres kernels tests bench
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench gpu clean distclean

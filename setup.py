@@ -4,6 +4,7 @@ Environment: ``FASTRES_CUDA=auto|0|1`` (auto: when a CUDA toolkit is found; 1: f
 ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` (default 2).
 """
 
+import functools
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -134,36 +136,44 @@ def toolkit_archs(nvcc: Path) -> set[str]:
     return set(re.findall(r"compute_(\w+)", listed.stdout))
 
 
-def compile_cuda(nvcc: Path, archs, includes: list[str], out: Path) -> list[str]:
-    """Objects of every csrc/cuda/*.cu, recompiled when it or a header changed."""
-    headers = max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.*h"))
-    objects = []
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        target = out / f"{source.stem}.o"
-        command = [str(nvcc), "-c", str(source), "-o", str(target), "-std=c++20", "-O3"]
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
-        command += [f"-isystem={path}" for path in includes] + gencode_flags(archs)
-        stamp = target.with_suffix(".cmd")
-        newest = max(headers, source.stat().st_mtime)
-        if not (
-            target.exists()
-            and target.stat().st_mtime > newest
-            and stamp.exists()
-            and stamp.read_text() == shlex.join(command)
-        ):
-            print(shlex.join(command), flush=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(command, check=True)
-            stamp.write_text(shlex.join(command))
-        objects.append(str(target))
-    return objects
+def compile_cuda(nvcc: Path, archs, out: Path) -> list[str]:
+    """Objects of every csrc/cuda/*.cu, MAX_JOBS at a time; only what changed is compiled again."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc/cuda").glob("*.*h"))
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+    if any(arch == "9.0a" for arch, _ in archs):
+        flags.append("-DFASTRES_SM90")  # the kernels that nothing else can run
+    flags += gencode_flags(archs)
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max(1, int(os.environ.get("MAX_JOBS", "2")))) as jobs:
+        compile_one = functools.partial(_compile_cuda_source, nvcc, flags, newest, out)
+        return list(jobs.map(compile_one, sources))
+
+
+def _compile_cuda_source(nvcc: Path, flags, newest_header: float, out: Path, source: Path) -> str:
+    target = out / f"{source.stem}.o"
+    command = shlex.join([str(nvcc), "-c", str(source), "-o", str(target), *flags])
+    stamp = target.with_suffix(".cmd")  # written last, when the object is whole
+    newest = max(newest_header, source.stat().st_mtime)
+    fresh = target.exists() and stamp.exists() and stamp.stat().st_mtime > newest
+    if not fresh or stamp.read_text() != command:
+        print(command, flush=True)
+        stamp.unlink(missing_ok=True)
+        subprocess.run(shlex.split(command), check=True)
+        stamp.write_text(command)
+    return str(target)
+
+
+def toolkit_home(nvcc: Path) -> Path:
+    """By nvcc's own account (nvcc may be a wrapper)."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
+    return Path(top[1]).resolve() if top else nvcc.parent.parent
 
 
 def cudart_directory(nvcc: Path) -> str:
-    """Where libcudart_static.a lies, by nvcc's own account of its toolkit (nvcc may be a wrapper)."""
-    dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=True)
-    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
-    home = Path(top[1]).resolve() if top else nvcc.parent.parent
+    """Where libcudart_static.a lies."""
+    home = toolkit_home(nvcc)
     places = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
     for place in places:
         if (place / "libcudart_static.a").is_file():
@@ -198,8 +208,17 @@ def make_build_ext(torch):
                     depends=ext.depends,
                 )
             if ext.nvcc is not None:
+                print("fastres: the CUDA part", flush=True)
                 out = Path(self.build_temp) / "cuda"
-                ext.extra_objects += compile_cuda(ext.nvcc, ext.archs, ext.torch_includes, out)
+                ext.extra_objects += compile_cuda(ext.nvcc, ext.archs, out)
+                ext.extra_objects += self.compiler.compile(
+                    sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cpp")),
+                    output_dir=str(out),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=ext.extra_compile_args
+                    + [f"-isystem{toolkit_home(ext.nvcc) / 'include'}"],
+                    depends=ext.depends,
+                )
             version = self.distribution.get_version()
             ext.define_macros.append(("FASTRES_VERSION", f'"{version}"'))
             print("fastres: everything else", flush=True)
@@ -211,10 +230,10 @@ def make_build_ext(torch):
 def make_extension(torch) -> Extension:
     from torch.utils.cpp_extension import CppExtension, include_paths
 
-    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
-    sources = sorted(str(p.relative_to(ROOT)) for p in sources if not p.stem.endswith("_kernel"))
     nvcc = find_nvcc()
     nvcc = nvcc if decide_cuda(os.environ.get("FASTRES_CUDA"), nvcc) else None
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
+    sources = sorted(str(p.relative_to(ROOT)) for p in sources if not p.stem.endswith("_kernel"))
     archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit_archs(nvcc)) if nvcc else []
     macros = [("FASTRES_CUDA_ARCHS", '"' + " ".join(a + "+PTX" * ptx for a, ptx in archs) + '"')]
     macros += [("FASTRES_X86", None)] if is_x86() else []
@@ -230,7 +249,6 @@ def make_extension(torch) -> Extension:
     )
     # Listed as system headers above, so that our warnings are about our own code.
     ext.include_dirs = []
-    ext.torch_includes = include_paths()
     ext.nvcc, ext.archs = nvcc, archs
     if nvcc:
         ext.library_dirs.append(cudart_directory(nvcc))

@@ -6,6 +6,7 @@
 #include "cpu/capability.h"
 #include "cpu/conv_fold_cache.h"
 #include "cpu/operators.h"
+#include "cuda/info.h"
 #include "cuda/operators.h"
 #include "functional.h"
 #include "sites.h"
@@ -25,6 +26,13 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("add_relu", &fastres::cuda::add_relu);
   m.impl("add_relu_backward", &fastres::cuda::add_relu_backward);
+  m.impl("bn_relu", &fastres::cuda::bn_relu);
+  m.impl("bn_relu_backward", &fastres::cuda::bn_relu_backward);
+  m.impl("conv", &fastres::cuda::conv);
+  m.impl("conv_dgrad", &fastres::cuda::conv_dgrad);
+  m.impl("conv_wgrad", &fastres::cuda::conv_wgrad);
+  m.impl("conv_bn_relu", &fastres::cuda::conv_bn_relu);
+  m.impl("conv_bn_relu_training", &fastres::cuda::conv_bn_relu_training);
 }
 constexpr bool kCuda = true;
 #else
@@ -42,6 +50,9 @@ pybind11::dict build_info() {
   info["cpu_capability"] = fastres::cpu::capability_name();
   info["cuda"] = kCuda;
   info["cuda_archs"] = pybind11::str(FASTRES_CUDA_ARCHS).attr("split")();
+#if defined(FASTRES_CUDA)
+  info["cuda_kernels"] = fastres::cuda::kernel_names();
+#endif
   return info;
 }
 
@@ -52,6 +63,42 @@ pybind11::dict cache_info() {
   info["bytes"] = cache.bytes;
   return info;
 }
+
+#if defined(FASTRES_CUDA)
+pybind11::dict cuda_info() {
+  const auto found = fastres::cuda::info();
+  pybind11::list devices;
+  for (const auto& device : found.devices) {
+    pybind11::dict d;
+    d["name"] = device.name;
+    d["capability"] = pybind11::make_tuple(device.major, device.minor);
+    d["multiprocessors"] = device.multiprocessors;
+    devices.append(d);
+  }
+  pybind11::dict info;
+  info["driver"] = found.driver;
+  info["runtime"] = found.runtime;
+  info["error"] = found.error;
+  info["devices"] = devices;
+  return info;
+}
+
+pybind11::list cuda_kernels() {
+  pybind11::list kernels;
+  for (const auto& kernel : fastres::cuda::kernels()) {
+    pybind11::dict k;
+    k["name"] = kernel.name;
+    k["form"] = kernel.form;
+    k["registers"] = kernel.registers;
+    k["local_bytes"] = kernel.local_bytes;
+    k["shared_bytes"] = kernel.shared_bytes;
+    k["blocks_per_multiprocessor"] = kernel.blocks_per_multiprocessor;
+    k["architecture"] = kernel.architecture;
+    kernels.append(k);
+  }
+  return kernels;
+}
+#endif
 
 }  // namespace
 
@@ -66,5 +113,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_by", &fastres::cpu::conv_by, "One convolution by a named algorithm.");
   m.def("conv_algorithm", &fastres::cpu::conv_algorithm, "What computes a convolution.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");
+#if defined(FASTRES_CUDA)
+  m.def("cuda_info", &cuda_info, "Versions and devices, as the CUDA part finds them.");
+  m.def("cuda_kernels", &cuda_kernels, "Registers, memory, occupancy; see csrc/cuda/info.h.");
+#endif
   m.def("clear_cache", &fastres::cpu::clear_fold_cache, "Drops the folded convolution weights.");
 }

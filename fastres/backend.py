@@ -78,11 +78,49 @@ def _cuda_status() -> Status:
         return Status(
             False, "the extension was built without CUDA; rebuild it with FASTRES_CUDA=1 and nvcc"
         )
+    problem = cuda_problem(ops.extension.cuda_info(), ops.extension.build_info()["cuda_archs"])
+    if problem:
+        return Status(False, problem)
     if not torch.cuda.is_available():
         return Status(
             False, "torch.cuda.is_available() is False: no usable GPU, or a CPU-only torch"
         )
     return Status(True)
+
+
+def cuda_problem(info: dict, archs: list[str]) -> str:
+    """Why an extension built for ``archs`` cannot run where it found ``info``, and how to mend
+    it; empty where it can. ``info`` is ``_C.cuda_info()``."""
+    if not info["driver"]:
+        return "no NVIDIA driver was found on this machine; install one (and PyTorch with CUDA)"
+    if info["driver"] // 1000 < info["runtime"] // 1000:
+        versions = (f"{v // 1000}.{v % 1000 // 10}" for v in (info["driver"], info["runtime"]))
+        return (
+            "the driver knows CUDA {}, the extension was built with {}; update the driver, or "
+            "rebuild with an older toolkit".format(*versions)
+        )
+    if not info["devices"]:
+        return f"the driver shows no usable GPU: {info['error'] or 'there is none'}"
+    for number, device in enumerate(info["devices"]):
+        if not any(_runs_on(arch, device["capability"]) for arch in archs):
+            name = ".".join(map(str, device["capability"]))
+            return (
+                f"GPU {number}, {device['name']}, has compute capability {name}, but the extension "
+                f"was built for {' '.join(archs)}; rebuild it with TORCH_CUDA_ARCH_LIST={name}"
+            )
+    return ""
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a device: binaries on later minor
+    versions, PTX on every later one, what is specific to an architecture (a) only there."""
+    number = arch.removesuffix("+PTX")
+    version = tuple(map(int, number.rstrip("af").split(".")))
+    if number.endswith("a"):
+        return capability == version
+    if arch.endswith("+PTX") and not number.endswith("f"):
+        return capability >= version
+    return capability[0] == version[0] and capability >= version
 
 
 def _triton_status() -> Status:

@@ -101,7 +101,9 @@ class Operators(NamedTuple):
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
 OPERATORS = {
     "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
-    "cuda": Operators(*_elementwise, conv_bn_relu),
+    "cuda": Operators(
+        *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, conv_bn_relu_training
+    ),
     "triton": Operators(
         **{_name: getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON}
     ),

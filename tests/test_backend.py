@@ -1,5 +1,6 @@
 """Which backend serves, who may be asked for, and what is said where one cannot serve."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -88,6 +89,29 @@ def test_no_gpu_is_said():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match=r"'cuda' cannot serve: .*(CUDA|GPU|extension)"):
         fastres.backend("cuda")
+
+
+H100 = {"name": "H100", "capability": (9, 0), "multiprocessors": 132}
+ARCHS = ["8.0", "9.0a", "10.0+PTX"]
+
+
+@pytest.mark.parametrize("changed, archs, reason", [
+    ({}, ARCHS, ""),
+    ({"driver": 13020}, ARCHS, ""),
+    ({"driver": 0}, ARCHS, "no NVIDIA driver"),
+    ({"driver": 12040}, ARCHS, "knows CUDA 12.4, the extension was built with 13.0; update"),
+    ({"devices": [], "error": "no device"}, ARCHS, "no usable GPU: no device"),
+    ({}, ["8.0", "10.0+PTX"], "H100, has compute capability 9.0.*8.0 10.0.PTX.*ARCH_LIST=9.0"),
+    ({}, ["8.0+PTX"], ""),
+    ({"devices": [{**H100, "capability": (8, 9)}]}, ARCHS, ""),
+    ({"devices": [{**H100, "capability": (12, 0)}]}, ARCHS, ""),
+    ({"devices": [{**H100, "capability": (7, 5)}]}, ARCHS, "7.5.*ARCH_LIST=7.5"),
+    ({"devices": [H100, {**H100, "capability": (7, 5)}]}, ARCHS, "GPU 1.*7.5"),
+])  # fmt: skip
+def test_why_the_extension_cannot_use_a_gpu(changed, archs, reason):
+    info = {"driver": 13000, "runtime": 13000, "error": "", "devices": [H100]} | changed
+    problem = backend_module.cuda_problem(info, archs)
+    assert bool(problem) == bool(reason) and re.search(reason, problem)
 
 
 def test_triton_says_why_it_cannot_serve(monkeypatch):

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "../bn_relu_checks.h"
 #include "bn_relu_driver.h"
 #include "operators.h"
 
@@ -10,41 +11,11 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-struct Arguments {
-  const OptionalTensor &running_mean, &running_var, &weight, &bias;
-  bool training;
-  double momentum, eps;
-  bool relu;
-};
-
-void check_arguments(const at::Tensor& input, const OptionalTensor& residual, const Arguments& a) {
-  check_activation(input, "input", at::kCPU);
-  if (given(residual)) check_like(*residual, "residual", input, "input");
-  const int64_t channels = input.size(1);
-  check_per_channel(a.running_mean, "running_mean", channels, input);
-  check_per_channel(a.running_var, "running_var", channels, input);
-  check_per_channel(a.weight, "weight", channels, input);
-  check_per_channel(a.bias, "bias", channels, input);
-  check_eps(a.eps, a.training);
-  TORCH_CHECK_VALUE(given(a.running_mean) == given(a.running_var),
-                    given(a.running_mean) ? "running_var" : "running_mean",
-                    ": expected a tensor beside the other running statistic, got none");
-  if (a.training) {
-    TORCH_CHECK_VALUE(input.numel() != channels || channels == 0,
-                      "input: expected more than 1 value per channel when training, got shape ",
-                      input.sizes());
-  } else {
-    TORCH_CHECK(given(a.running_mean) && given(a.running_var),
-                given(a.running_mean) ? "running_var" : "running_mean",
-                ": expected running statistics when not training, got none");
-  }
-}
-
 // What the kernels need to know of each channel.
 template <typename A>
 class Channels {
  public:
-  Channels(const Geometry& g, const Arguments& a, A* save_mean, A* save_invstd)
+  Channels(const Geometry& g, const BnReluArguments& a, A* save_mean, A* save_invstd)
       : channels_(g.channels),
         inverse_count_(g.inverse_count()),
         inverse_unbiased_(1.0 / static_cast<double>(g.per_channel() - 1)),
@@ -69,7 +40,7 @@ class Channels {
   }
 
   // r = (1 - momentum) * r + momentum * s, s being this batch's mean or unbiased variance.
-  void update_running(const Arguments& a) {
+  void update_running(const BnReluArguments& a) {
     if (given(a.running_mean)) update(*a.running_mean, vectors_[0], a.momentum);
     if (given(a.running_var)) update(*a.running_var, vectors_[3], a.momentum);
   }
@@ -148,7 +119,7 @@ std::optional<int64_t> row_stride(const at::Tensor& x) {
 
 template <typename T>
 void forward(const Geometry& g, const T* x, int64_t stride, const T* residual, T* y,
-             const Arguments& a, Channels<acc_t<T>>& channels) {
+             const BnReluArguments& a, Channels<acc_t<T>>& channels) {
   static const auto kernels = FASTRES_SELECT_KERNELS(bn_relu_kernels, T);
   if (!a.training) channels.set_running(*a.running_mean, *a.running_var);
   if (g.rows) {
@@ -188,8 +159,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
     const at::Tensor& input, const OptionalTensor& residual, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
     bool training, double momentum, double eps, bool relu) {
-  const Arguments a{running_mean, running_var, weight, bias, training, momentum, eps, relu};
-  check_arguments(input, residual, a);
+  const BnReluArguments a{running_mean, running_var, weight, bias, training, momentum, eps, relu};
+  check_bn_relu(input, residual, a, at::kCPU);
   const auto format = output_format(input);
   const bool sliced = !training && !given(residual) && format == at::MemoryFormat::ChannelsLast &&
                       !input.is_contiguous(format) && row_stride(input);

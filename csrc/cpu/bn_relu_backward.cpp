@@ -1,3 +1,4 @@
+#include "../bn_relu_checks.h"
 #include "bn_relu_driver.h"
 #include "operators.h"
 
@@ -129,27 +130,14 @@ class Backward {
   A *grad_weight_, *grad_bias_;
 };
 
-void check_arguments(const at::Tensor& grad_output, const at::Tensor& input,
-                     const OptionalTensor& output, const OptionalTensor& weight,
-                     const OptionalTensor& bias, const at::Tensor& save_mean,
-                     const at::Tensor& save_invstd) {
-  check_activation(input, "input", at::kCPU);
-  check_like(grad_output, "grad_output", input, "input");
-  if (given(output)) check_like(*output, "output", input, "input");
-  const int64_t channels = input.size(1);
-  check_per_channel(weight, "weight", channels, input);
-  check_per_channel(bias, "bias", channels, input);
-  check_per_channel(save_mean, "save_mean", channels, input);
-  check_per_channel(save_invstd, "save_invstd", channels, input);
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& output,
     const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& save_mean,
     const at::Tensor& save_invstd, bool training, bool relu, std::array<bool, 3> output_mask) {
-  check_arguments(grad_output, input, output, weight, bias, save_mean, save_invstd);
+  check_bn_relu_backward(grad_output, input, output, weight, bias, save_mean, save_invstd,
+                         at::kCPU);
   const Wanted wanted{output_mask[0], output_mask[1], output_mask[2]};
   const Mask mask = !relu ? Mask::kNone : given(output) ? Mask::kFromOutput : Mask::kFromInput;
   const auto format = output_format(input);

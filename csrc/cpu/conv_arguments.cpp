@@ -25,7 +25,9 @@ ConvGeometry check_geometry(at::IntArrayRef stride, at::IntArrayRef padding,
 }
 
 void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& input) {
-  check_tensor(t, name, at::kCPU);
+  check_tensor(t, name, input.device().type());
+  TORCH_CHECK(t.device() == input.device(), name, ": expected the device of input, ",
+              input.device(), ", got ", t.device());
   const auto dtype = input.scalar_type(), wide = accumulate_dtype(dtype);
   TORCH_CHECK(t.scalar_type() == dtype || t.scalar_type() == wide, name,
               ": expected the dtype of input, ", dtype, ", or ", wide, ", got ", t.scalar_type());

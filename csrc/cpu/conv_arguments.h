@@ -17,7 +17,7 @@ struct ConvGeometry {
 ConvGeometry check_geometry(at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups);
 
-// A parameter of a convolution: on the CPU, in the dtype of input or that of its accumulators.
+// A parameter of a convolution: on input's device, in its dtype or that of its accumulators.
 void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& input);
 
 // (N, K, P, Q); throws where the filters reach beyond the padded input.

@@ -23,35 +23,6 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-void check_arguments(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c) {
-  const auto& g = c.geometry;
-  check_parameter(c.weight, "weight", input);
-  TORCH_CHECK(c.weight.dim() == 4, "weight: expected a 4-D tensor (K, C / groups, R, S), got ",
-              c.weight.dim(), "-D of shape ", c.weight.sizes());
-  TORCH_CHECK(g.groups > 0, "groups: expected a positive integer, got ", g.groups);
-  const int64_t k = c.weight.size(0);
-  TORCH_CHECK(k > 0 && k % g.groups == 0, "weight: expected its ", k,
-              " output channels to be a positive multiple of groups, ", g.groups);
-  TORCH_CHECK(c.weight.size(1) * g.groups == input.size(1), "input: expected ",
-              c.weight.size(1) * g.groups, " channels for weight of shape ", c.weight.sizes(),
-              " and groups=", g.groups, ", got ", input.size(1));
-  if (given(c.bias)) check_parameter(*c.bias, "bias", input);
-  check_per_channel(c.bias, "bias", k, input);
-  check_per_channel(c.running_mean, "running_mean", k, input);
-  check_per_channel(c.running_var, "running_var", k, input);
-  check_per_channel(c.bn_weight, "bn_weight", k, input);
-  check_per_channel(c.bn_bias, "bn_bias", k, input);
-  check_eps(c.eps, /*training=*/false);
-  const auto size = output_size(input, c.weight, g);
-  if (!given(residual)) return;
-  check_tensor(*residual, "residual", at::kCPU);
-  TORCH_CHECK(residual->sizes() == at::IntArrayRef(size), "residual: expected the shape of the ",
-              "convolution's output, ", at::IntArrayRef(size), ", got ", residual->sizes());
-  TORCH_CHECK(residual->scalar_type() == input.scalar_type(),
-              "residual: expected the dtype of input, ", input.scalar_type(), ", got ",
-              residual->scalar_type());
-}
-
 // --- oneDNN, through the operators that ATen registers for its own compiler ---
 
 template <typename Signature>
@@ -199,7 +170,7 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   ConvBn c{weight,      bias,      running_mean,
            running_var, bn_weight, bn_bias,
            geometry,    eps,       compute_dtype(input.scalar_type())};
-  check_arguments(input, residual, c);
+  check_conv_bn(input, residual, c);
   // The operators below must not meet autograd or autocast again.
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);

@@ -7,21 +7,10 @@
 #include <cstdint>
 #include <optional>
 
-#include "conv_arguments.h"
+#include "../conv_bn.h"
 #include "conv_plan.h"
 
 namespace fastres::cpu {
-
-// y = BN_running(conv2d(x, weight, bias)), computed in `dtype`.
-struct ConvBn {
-  const at::Tensor& weight;
-  const std::optional<at::Tensor>& bias;
-  const at::Tensor &running_mean, &running_var;
-  const std::optional<at::Tensor>&bn_weight, &bn_bias;
-  ConvGeometry geometry;
-  double eps;
-  at::ScalarType dtype;
-};
 
 struct FoldedConv {
   at::Tensor weight, bias;  // weight: dense in channels_last, or packed for an algorithm

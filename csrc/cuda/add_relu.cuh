@@ -1,33 +1,9 @@
 // add_relu and its gradient: element-wise over dense arrays of equal layout.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "pack.cuh"
 
 namespace fastres::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kPackBytes = 16;  // the widest memory access that every architecture has
-
-template <typename T>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kSize = kPackBytes / sizeof(T);
-  T value[kSize];
-};
-
-// What is computed with: fp64 for fp64, fp32 for everything narrower.
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ inline void narrow(double x, double& to) { to = x; }
-__device__ inline void narrow(float x, float& to) { to = x; }
-__device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
 // relu(input + residual); NaN stays NaN.
 struct AddRelu {
@@ -47,7 +23,7 @@ struct ReluMask {
 };
 
 template <typename T, typename F>
-__device__ inline T combine(T a, T b, F f) {
+__device__ inline T combine_values(T a, T b, F f) {
   T result;
   narrow(f(widen(a), widen(b)), result);
   return result;
@@ -68,11 +44,11 @@ __global__ void __launch_bounds__(kThreads)
     const P y = reinterpret_cast<const P*>(b)[i];
     P z;
 #pragma unroll
-    for (int j = 0; j < P::kSize; ++j) z.value[j] = combine(x.value[j], y.value[j], f);
+    for (int j = 0; j < P::kSize; ++j) z.value[j] = combine_values(x.value[j], y.value[j], f);
     reinterpret_cast<P*>(out)[i] = z;
   } else {
     const int64_t rest = packs * P::kSize + (i - packs);
-    if (rest < n) out[rest] = combine(a[rest], b[rest], f);
+    if (rest < n) out[rest] = combine_values(a[rest], b[rest], f);
   }
 }
 
@@ -82,7 +58,19 @@ __global__ void __launch_bounds__(kThreads)
     combine_elements(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out,
                      int64_t n, F f) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) out[i] = combine(a[i], b[i], f);
+  if (i < n) out[i] = combine_values(a[i], b[i], f);
+}
+
+// out[i] = f(a[i], b[i]) for i < n, all on the queue's device.
+template <typename T, typename F, typename Queue>
+void combine(const Queue& queue, const T* a, const T* b, T* out, int64_t n, F f) {
+  const auto blocks = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
+  if (aligned(a) && aligned(b) && aligned(out)) {
+    queue(combine_packs<T, F>, blocks(n / Pack<T>::kSize + n % Pack<T>::kSize), kThreads, a, b, out,
+          n, f);
+  } else {
+    queue(combine_elements<T, F>, blocks(n), kThreads, a, b, out, n, f);
+  }
 }
 
 }  // namespace fastres::cuda

@@ -3,10 +3,55 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <optional>
+#include <tuple>
+
 namespace fastres::cuda {
 
 at::Tensor add_relu(const at::Tensor& input, const at::Tensor& residual);
 
 at::Tensor add_relu_backward(const at::Tensor& grad_output, const at::Tensor& output);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
+    const at::Tensor& input, const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, bool training,
+    double momentum, double eps, bool relu);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& output,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training, bool relu,
+    std::array<bool, 3> output_mask);
+
+at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias,
+                        const std::optional<at::Tensor>& residual, const at::Tensor& running_mean,
+                        const at::Tensor& running_var, const std::optional<at::Tensor>& bn_weight,
+                        const std::optional<at::Tensor>& bn_bias, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                        double eps, bool relu);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_relu_training(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& bn_weight,
+    const std::optional<at::Tensor>& bn_bias, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, double momentum, double eps, bool relu);
+
+at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
+                const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, int64_t groups);
+
+std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& weight,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups,
+                                              std::array<bool, 2> output_mask);
 
 }  // namespace fastres::cuda

@@ -1,0 +1,90 @@
+#include "conv.h"
+
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/flip.h>
+
+#include "bn_relu_host.h"
+#include "operators.h"
+
+namespace fastres::cuda {
+namespace {
+
+// The convolution from the output of another to its input: turned filters, and as padding what the
+// other's lacks of a full one. Only at stride 1, and where that padding is none to cut off.
+std::optional<cpu::ConvGeometry> turned(const at::Tensor& weight, const cpu::ConvGeometry& g) {
+  constexpr cpu::Pair kOnes{1, 1};
+  if (g.stride != kOnes) return std::nullopt;
+  cpu::ConvGeometry t = g;
+  for (int d = 0; d < 2; ++d) {
+    t.padding[d] = g.dilation[d] * (weight.size(2 + d) - 1) - g.padding[d];
+    if (t.padding[d] < 0) return std::nullopt;
+  }
+  return t;
+}
+
+void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, const cpu::ConvGeometry& g) {
+  check_activation(input, "input", at::kCUDA);
+  const auto size = check_conv(input, weight, std::nullopt, g);
+  check_activation(grad_output, "grad_output", at::kCUDA);
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(size),
+              "grad_output: expected the shape of the convolution's output, ",
+              at::IntArrayRef(size), ", got ", grad_output.sizes());
+  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(),
+              "grad_output: expected the dtype of input, ", input.scalar_type(), ", got ",
+              grad_output.scalar_type());
+}
+
+}  // namespace
+
+at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
+                const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_activation(input, "input", at::kCUDA);
+  const auto g = cpu::check_geometry(stride, padding, dilation, groups);
+  check_conv(input, weight, bias, g);
+  const Below below(input.device());
+  if (!own_conv_serves(input, weight, g)) return vendor_conv(input, weight, bias, g);
+  return own_conv(input, weight, g, {}, vector<float>(bias), std::nullopt, /*relu=*/false)
+      .contiguous(conv_format(input, weight));
+}
+
+at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, int64_t groups) {
+  const auto g = cpu::check_geometry(stride, padding, dilation, groups);
+  check_gradient(grad_output, input, weight, g);
+  const Below below(input.device());
+  if (const auto t = turned(weight, g); t && g.groups == 1) {
+    const auto filters = weight.flip({2, 3}).transpose(0, 1);
+    if (own_conv_serves(grad_output, filters, *t)) {
+      return own_conv(grad_output, filters, *t, {}, {}, std::nullopt, /*relu=*/false)
+          .contiguous(output_format(input));
+    }
+  }
+  return std::get<0>(at::convolution_backward(
+      grad_output, input, weight.to(input.scalar_type()), std::nullopt, g.stride, g.padding,
+      g.dilation, /*transposed=*/false, {0, 0}, g.groups, {true, false, false}));
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& weight,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups,
+                                              std::array<bool, 2> output_mask) {
+  const auto g = cpu::check_geometry(stride, padding, dilation, groups);
+  check_gradient(grad_output, input, weight, g);
+  const Below below(input.device());
+  const std::array<int64_t, 1> outputs{weight.size(0)};
+  const auto [_, grad_weight, grad_bias] = at::convolution_backward(
+      grad_output, input, weight.to(input.scalar_type()), at::IntArrayRef(outputs), g.stride,
+      g.padding, g.dilation, /*transposed=*/false, {0, 0}, g.groups,
+      {false, output_mask[0], output_mask[1]});
+  const auto narrow = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
+  };
+  return {narrow(grad_weight), narrow(grad_bias)};
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,39 @@
+// The convolutions that the operators share: the kernel for sm_90a where it serves, else the
+// vendor's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+
+#include "../conv_bn.h"
+
+namespace fastres::cuda {
+
+// Whether the project's kernel computes this convolution: 16-bit values, one group, whole packs of
+// channels, on a GPU of compute capability 9.0 for which it was compiled.
+bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g);
+
+// act(conv2d(input, weight) * scale + shift + residual) by it; scale and shift: K values in
+// float32, or none.
+at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
+                    const at::Tensor& scale, const at::Tensor& shift,
+                    const std::optional<at::Tensor>& residual, bool relu);
+
+// conv2d(input, weight), and the moments of every filter's values: (K, segments) of Moments<float>.
+struct ConvMoments {
+  at::Tensor output, moments;
+  int64_t segments;
+};
+ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
+                             const cpu::ConvGeometry& g);
+
+// PyTorch's own, in the dtype of input.
+at::Tensor vendor_conv(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const cpu::ConvGeometry& g);
+
+// The memory format in which PyTorch returns a convolution of these.
+at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight);
+
+}  // namespace fastres::cuda

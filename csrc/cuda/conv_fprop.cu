@@ -1,0 +1,57 @@
+#include "conv_bn_relu.cuh"
+#include "conv_fprop_sm90.cuh"
+#include "kernel_entry.h"
+#include "queue.cuh"
+
+namespace fastres::cuda {
+
+bool has_conv_fprop() {
+#if defined(FASTRES_SM90)
+  return true;
+#else
+  return false;
+#endif
+}
+
+void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
+                       const ConvShape& shape, const ConvFprop& f, int tile_k,
+                       int multiprocessors) {
+  const Queue queue("conv_fprop", stream);
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    if (epilogue == Epilogue::kApply) {
+      conv_fprop_sm90_run<T, Epilogue::kApply>(queue, shape, f, tile_k, multiprocessors);
+    } else {
+      conv_fprop_sm90_run<T, Epilogue::kMoments>(queue, shape, f, tile_k, multiprocessors);
+    }
+  };
+  if (bfloat16)
+    run(__nv_bfloat16());
+  else
+    run(__half());
+}
+
+void launch_fold_batch_norm(cudaStream_t stream, const RunningBatchNorm<float>& bn,
+                            int64_t channels, float* scale, float* shift) {
+  Queue("fold_batch_norm", stream)(fold_batch_norm<float>, ceil_div(channels, kThreads), kThreads,
+                                   bn, channels, scale, shift);
+}
+
+std::vector<KernelEntry> conv_entries() {
+  if (!has_conv_fprop()) return {};
+  const auto entry = [](const char* form, auto* kernel, size_t bytes) {
+    return KernelEntry{"conv_fprop_sm90", form, reinterpret_cast<const void*>(kernel), kConvThreads,
+                       bytes};
+  };
+  using T = __nv_bfloat16;
+  constexpr auto kApply = Epilogue::kApply, kMoments = Epilogue::kMoments;
+  return {
+      entry("bfloat16 64 filters", conv_fprop_sm90<T, 64, kApply>, sizeof(ConvMemory<64>)),
+      entry("bfloat16 128 filters", conv_fprop_sm90<T, 128, kApply>, sizeof(ConvMemory<128>)),
+      entry("bfloat16 256 filters", conv_fprop_sm90<T, 256, kApply>, sizeof(ConvMemory<256>)),
+      entry("bfloat16 256 filters moments", conv_fprop_sm90<T, 256, kMoments>,
+            sizeof(ConvMemory<256>)),
+  };
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,85 @@
+// The convolution kernels' arithmetic of shapes and tiles: plain C++, for host, device and tests.
+#pragma once
+
+#include <cstdint>
+
+#include "bn_relu_plan.h"
+
+namespace fastres::cuda {
+
+struct Pair {
+  int h, w;
+};
+
+// (N, H, W, C) activations, (K, R, S, C) filters, (N, P, Q, K) output; one group.
+struct ConvShape {
+  int64_t n;
+  int h, w, c, k, r, s;
+  Pair stride, padding, dilation;
+
+  __host__ __device__ int p() const {
+    return (h + 2 * padding.h - dilation.h * (r - 1) - 1) / stride.h + 1;
+  }
+  __host__ __device__ int q() const {
+    return (w + 2 * padding.w - dilation.w * (s - 1) - 1) / stride.w + 1;
+  }
+  __host__ __device__ int64_t pixels() const { return n * p() * q(); }
+};
+
+// The convolution as a matrix product: a row for every output pixel, a column for every filter.
+// Tiles of kTileM x tile_k are numbered filters first: neighbours share their input.
+struct ConvTiles {
+  static constexpr int kTileM = 128;
+  static constexpr int kChunk = 64;  // input channels of a step: 128 bytes, a swizzled row
+
+  int tile_k, down, across;
+
+  static ConvTiles of(const ConvShape& shape, int tile_k) {
+    return {tile_k, static_cast<int>(ceil_div(shape.pixels(), kTileM)),
+            static_cast<int>(ceil_div(shape.k, tile_k))};
+  }
+
+  __host__ __device__ int count() const { return down * across; }
+
+  // First output pixel and filter of a tile.
+  __host__ __device__ int pixel(int tile) const { return tile / across * kTileM; }
+  __host__ __device__ int filter(int tile) const { return tile % across * tile_k; }
+};
+
+// Where the window of an output pixel begins in the input.
+struct Window {
+  int n, h, w;
+};
+
+__host__ __device__ inline Window window_of(const ConvShape& shape, int pixel) {
+  const int q = shape.q(), map = shape.p() * q;
+  return {pixel / map, pixel % map / q * shape.stride.h - shape.padding.h,
+          pixel % q * shape.stride.w - shape.padding.w};
+}
+
+// Steps of the sum over filter taps and input channels.
+__host__ __device__ inline int steps_of(const ConvShape& shape) {
+  return shape.r * shape.s * static_cast<int>(ceil_div(shape.c, ConvTiles::kChunk));
+}
+
+// What the tensor maps of the im2col kind can say: whole 16-byte packs of channels, corners of a
+// signed and offsets of an unsigned byte, coordinates of 32 bits.
+inline bool fits_im2col(const ConvShape& s) {
+  const auto byte = [](int corner) { return corner >= -128 && corner <= 127; };
+  const int reach_h = s.dilation.h * (s.r - 1), reach_w = s.dilation.w * (s.s - 1);
+  return s.c % 8 == 0 && s.k % 8 == 0 && s.c > 0 && s.k > 0 && s.n > 0 && s.p() > 0 && s.q() > 0 &&
+         byte(-s.padding.h) && byte(-s.padding.w) && byte(s.padding.h - reach_h) &&
+         byte(s.padding.w - reach_w) && reach_h < 256 && reach_w < 256 && s.stride.h <= 8 &&
+         s.stride.w <= 8 && s.pixels() <= INT32_MAX - ConvTiles::kTileM;
+}
+
+// Filters of a tile: wide ones share more of the input, but must leave a tile to every
+// multiprocessor.
+inline int choose_tile_k(const ConvShape& s, int multiprocessors) {
+  for (int tile : {256, 128}) {
+    if (s.k % tile == 0 && ConvTiles::of(s, tile).count() >= multiprocessors) return tile;
+  }
+  return s.k > 64 && ConvTiles::of(s, 128).count() >= multiprocessors ? 128 : 64;
+}
+
+}  // namespace fastres::cuda

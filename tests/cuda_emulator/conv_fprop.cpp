@@ -1,0 +1,52 @@
+// The convolution of csrc/cuda for sm_90a, emulated; called through ctypes.
+#include "../../csrc/cuda/conv_fprop_sm90.cuh"
+#include "calls.h"
+
+using namespace fastres::cuda;
+
+namespace {
+
+// n, h, w, c, k, r, s, then stride, padding and dilation as (h, w)
+ConvShape shape_of(const int64_t* v) {
+  const auto i = [&](int j) { return static_cast<int>(v[j]); };
+  return {v[0], i(1), i(2), i(3), i(4), i(5), i(6), {i(7), i(8)}, {i(9), i(10)}, {i(11), i(12)}};
+}
+
+}  // namespace
+
+// arrays: input, filter, residual, output, scale, shift and, of kMoments, mean and invstd
+extern "C" const char* conv_fprop(const char* dtype, const int64_t* numbers, void** arrays,
+                                  int tile_k, int multiprocessors, bool moments, bool relu) {
+  return with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const ConvShape shape = shape_of(numbers);
+    const auto v = [&](int i) { return static_cast<float*>(arrays[i]); };
+    if constexpr (sizeof(T) != 2)
+      throw std::runtime_error("16-bit values only");
+    else {
+      if (!fits_im2col(shape)) throw std::runtime_error("does not fit");
+      const ConvTiles tiles = ConvTiles::of(shape, tile_k);
+      std::vector<Moments<float>> partial(size_t(shape.k) * tiles.down);
+      const ConvFprop f{arrays[0],
+                        arrays[1],
+                        arrays[2],
+                        arrays[3],
+                        {v(4), v(5), arrays[2] != nullptr, relu, partial.data()}};
+      const emulator::Queue queue;
+      if (!moments) {
+        conv_fprop_sm90_run<T, Epilogue::kApply>(queue, shape, f, tile_k, multiprocessors);
+        return;
+      }
+      conv_fprop_sm90_run<T, Epilogue::kMoments>(queue, shape, f, tile_k, multiprocessors);
+      queue(bn_relu_finish_moments<float>, warps_of_blocks(shape.k), kThreads,
+            static_cast<const Moments<float>*>(partial.data()), int64_t(shape.k),
+            int64_t(tiles.down), Statistics<float>{v(6), v(7), nullptr, nullptr, 0, 1e-5});
+    }
+  });
+}
+
+extern "C" int choose_tile(const int64_t* numbers, int multiprocessors) {
+  return choose_tile_k(shape_of(numbers), multiprocessors);
+}
+
+extern "C" bool fits(const int64_t* numbers) { return fits_im2col(shape_of(numbers)); }

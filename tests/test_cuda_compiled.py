@@ -1,0 +1,121 @@
+"""What the CUDA compiler made of the kernels, read from the built extension; no GPU is needed."""
+
+import functools
+import re
+import subprocess
+from collections import Counter
+
+import emulating
+import pytest
+
+import fastres.ops
+
+extension = pytest.importorskip("fastres._C")
+pytestmark = pytest.mark.skipif(
+    not extension.build_info()["cuda"], reason="built without the CUDA part"
+)
+
+ARCHITECTURES = [
+    "sm_" + arch.removesuffix("+PTX").replace(".", "")
+    for arch in extension.build_info()["cuda_archs"]
+]
+# kernels that see whole activations, as against those that merge a few statistics
+WIDE = ("combine_packs", "bn_relu_moments", "bn_relu_apply", "bn_relu_backward_sums",
+        "bn_relu_backward_apply")  # fmt: skip
+STORES = ("combine_packs", "bn_relu_apply", "bn_relu_backward_apply")
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = emulating.setup().toolkit_home(emulating.nvcc()) / "bin/cuobjdump"
+    command = [tool, *arguments, extension.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def usage(architecture: str) -> dict[str, dict[str, int]]:
+    """Registers, stack, shared and local memory of every kernel, by its mangled name."""
+    text = cuobjdump("-res-usage", "-arch", architecture)
+    found = re.findall(r"Function (\S+):\n\s*(.+)", text)
+    return {
+        name: {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", line)}
+        for name, line in found
+    }
+
+
+@functools.cache
+def instructions(architecture: str) -> dict[str, Counter]:
+    """How often each kernel has each instruction with its modifiers, by the kernel's mangled name."""
+    kernels, counter = {}, Counter()
+    for line in cuobjdump("-sass", "-arch", architecture).splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            counter = kernels.setdefault(match[1], Counter())
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            counter[match[1]] += 1
+    return kernels
+
+
+def count(counter: Counter, opcode: str, *modifiers: str) -> int:
+    return sum(
+        n
+        for name, n in counter.items()
+        if name.split(".")[0] == opcode and set(modifiers) <= set(name.split("."))
+    )
+
+
+def vectorised(name: str) -> bool:
+    """Forms for packs of 16 bytes: of 8, 4 or 2 values."""
+    return "combine_packs" in name or re.search(r"Li[842]EL", name) is not None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills(architecture):
+    kernels = usage(architecture)
+    assert any("bn_relu_backward_apply" in name for name in kernels)
+    for name, used in kernels.items():
+        if "fastres" not in name:
+            continue
+        assert used["STACK"] == 0 and used["LOCAL"] == 0, (name, used)
+        assert used["REG"] <= (168 if "conv_fprop" in name else 128), (name, used)
+        assert used["SHARED"] <= 48 << 10, (name, used)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wide_accesses_and_no_local_memory(architecture):
+    seen = Counter()
+    for name, counter in instructions(architecture).items():
+        if "fastres" not in name:
+            continue
+        assert count(counter, "LDL") == count(counter, "STL") == 0, name
+        stem = next((wide for wide in WIDE if wide in name), None)
+        if stem is None or not vectorised(name):
+            continue
+        seen[stem] += 1
+        assert count(counter, "LDG", "128"), name
+        if stem in STORES:
+            assert count(counter, "STG", "128"), name
+    assert set(seen) == set(WIDE)
+
+
+@pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")
+def test_the_convolution_uses_hoppers_units():
+    found = {k: v for k, v in instructions("sm_90a").items() if "conv_fprop_sm90" in k}
+    assert len(found) == 12  # two types, three widths, two epilogues
+    for name, counter in found.items():
+        assert count(counter, "HGMMA"), name
+        assert count(counter, "UTMALDG", "IM2COL"), name
+        assert count(counter, "UTMASTG"), name
+        assert count(counter, "USETMAXREG") == 2, name
+        assert count(counter, "SYNCS"), name
+
+
+def test_every_operator_has_a_cuda_kernel():
+    for operator in fastres.ops._SCHEMAS:
+        assert fastres.ops.has_kernel(operator, "cuda"), operator
+
+
+def test_the_extension_names_its_kernels():
+    names = extension.build_info()["cuda_kernels"]
+    assert {"bn_relu_moments", "bn_relu_apply"} <= set(names)
+    assert ("conv_fprop_sm90" in names) == ("sm_90a" in ARCHITECTURES)
+    info = extension.cuda_info()
+    assert info["runtime"] >= 12000 and (info["devices"] or info["error"])

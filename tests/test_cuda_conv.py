@@ -1,0 +1,119 @@
+"""The CUDA convolution for sm_90a, run on the CPU by the emulator, against naive sums in fp64."""
+
+import ctypes
+
+import emulating
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import assert_close, assert_same_bits
+
+LAST = torch.channels_last
+MULTIPROCESSORS = 3  # fewer blocks than tiles: they are persistent
+
+# n, c, h, w, k, r, s, stride, padding, dilation: a ResNet's kinds, and odd ones
+SHAPES = {
+    "1x1": (2, 64, 9, 8, 128, 1, 1, (1, 1), (0, 0), (1, 1)),
+    "1x1, stride 2": (3, 72, 14, 15, 64, 1, 1, (2, 2), (0, 0), (1, 1)),
+    "3x3": (2, 64, 14, 14, 64, 3, 3, (1, 1), (1, 1), (1, 1)),
+    "3x3, stride 2": (3, 8, 15, 12, 136, 3, 3, (2, 2), (1, 1), (1, 1)),
+    "3x3, dilated": (1, 16, 20, 17, 72, 3, 3, (1, 1), (2, 2), (2, 2)),
+    "stem": (1, 8, 31, 29, 64, 7, 7, (2, 2), (3, 3), (1, 1)),
+    "oblong": (2, 24, 11, 9, 8, 2, 5, (1, 3), (0, 4), (3, 1)),
+    "one pixel": (5, 128, 1, 1, 264, 1, 1, (1, 1), (0, 0), (1, 1)),
+    "padded only": (1, 8, 2, 2, 64, 1, 1, (1, 1), (3, 3), (1, 1)),
+}
+
+
+def numbers(shape):
+    n, c, h, w, k, r, s, *pairs = shape
+    return emulating.integers(n, h, w, c, k, r, s, *(value for pair in pairs for value in pair))
+
+
+def operands_for(shape, dtype, residual=False):
+    n, c, h, w, k, r, s, stride, padding, dilation = shape
+    x = torch.randn(n, c, h, w, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
+    f = torch.randn(k, c, r, s, dtype=torch.float64) / (c * r * s) ** 0.5
+    f = f.to(dtype).contiguous(memory_format=LAST)
+    if min(x.stride()) != x.stride(1):
+        x = x.as_strided(x.shape, (c * h * w, 1, w * c, c))
+    raw = F.conv2d(x.double(), f.double(), None, stride, padding, dilation)
+    skip = torch.randn(raw.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
+    return x, f, raw, skip if residual else None
+
+
+def convolve(shape, x, f, skip, raw, scale, shift, tile, moments, relu):
+    guard = emulating.Guarded()
+    n, k, p, q = raw.shape
+    y = guard.empty_like(torch.empty(n * p * q * k, dtype=x.dtype))
+    mean, invstd = (guard.empty_like(torch.empty(k)) for _ in range(2))
+    filters = f.permute(0, 2, 3, 1).contiguous()
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    skip = None if skip is None else skip.permute(0, 2, 3, 1).contiguous()
+    emulating.call(
+        emulating.library("conv_fprop").conv_fprop, emulating.dtype_name(x), numbers(shape),
+        emulating.arrays(pixels, filters, skip, y, scale, shift, mean, invstd), tile,
+        MULTIPROCESSORS, moments, relu,
+    )  # fmt: skip
+    guard.check()
+    return y.view(n, p, q, k).permute(0, 3, 1, 2), mean, invstd
+
+
+@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("name", SHAPES)
+def test_eval_epilogue(name, tile):
+    """scale, shift, residual and ReLU; every shape in both dtypes over the tiles."""
+    shape = SHAPES[name]
+    dtype = torch.bfloat16 if (tile == 128) != (len(name) % 2 == 0) else torch.float16
+    residual = tile != 64
+    x, f, raw, skip = operands_for(shape, dtype, residual)
+    scale, shift = torch.randn(shape[4]), torch.randn(shape[4])
+    y, *_ = convolve(shape, x, f, skip, raw, scale, shift, tile, False, relu=name != "1x1")
+
+    def finish(sums):
+        exact = sums * scale.view(-1, 1, 1).to(sums.dtype) + shift.view(-1, 1, 1).to(sums.dtype)
+        exact = exact if skip is None else exact + skip
+        return exact if name == "1x1" else F.relu(exact)
+
+    (*geometry,) = shape[7:]
+    eager = finish(F.conv2d(x, f, None, *geometry).float()).to(dtype)
+    assert_close(y, eager, finish(raw), name)
+
+
+@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("name", ["1x1, stride 2", "3x3", "3x3, stride 2", "one pixel"])
+def test_training_epilogue(name, tile):
+    """The raw output, and the statistics of what was written; far from zero too."""
+    dtype = torch.bfloat16 if tile == 64 else torch.float16
+    x, f, raw, _ = operands_for(SHAPES[name], dtype)
+    for offset in (0, 8):
+        x = (x + offset).to(dtype)
+        raw = F.conv2d(x.double(), f.double(), None, *SHAPES[name][7:])
+        y, mean, invstd = convolve(SHAPES[name], x, f, None, raw, None, None, tile, True, False)
+        assert_close(y, F.conv2d(x, f, None, *SHAPES[name][7:]), raw, name)
+        variance, centre = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        torch.testing.assert_close(mean.double(), centre, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+def test_two_runs_give_the_same_bits():
+    """Threads, blocks and copies run in another order each time."""
+    shape = SHAPES["3x3, stride 2"]
+    x, f, raw, _ = operands_for(shape, torch.bfloat16)
+    runs = [convolve(shape, x, f, None, raw, None, None, 64, True, False) for _ in range(2)]
+    assert_same_bits(*(dict(enumerate(run)) for run in runs))
+
+
+def test_what_the_tensor_maps_cannot_say():
+    fits = emulating.library("conv_fprop").fits
+    fits.restype = ctypes.c_bool
+    assert all(fits(numbers(shape)) for shape in SHAPES.values())
+    for n, c, k, r, padding, dilation in [
+        (1, 12, 64, 3, 1, 1),  # channels in no whole packs
+        (1, 64, 100, 3, 1, 1),
+        (1, 64, 64, 3, 129, 128),  # corners beyond a signed byte
+        (1, 64, 64, 3, 0, 128),  # offsets beyond an unsigned byte
+        (1 << 20, 64, 64, 1, 0, 1),  # coordinates beyond 32 bits
+    ]:
+        shape = (n, c, 300, 300, k, r, r, (1, 1), (padding,) * 2, (dilation,) * 2)
+        assert not fits(numbers(shape)), shape
