@@ -51,4 +51,9 @@ cpu::Pair pair_of(PyObject* value) {
   return {int_of(PyTuple_GET_ITEM(value, 0)), int_of(PyTuple_GET_ITEM(value, 1))};
 }
 
+bool is_refusal(const pybind11::error_already_set& error) {
+  return error.matches(PyExc_TypeError) || error.matches(PyExc_ValueError) ||
+         error.matches(PyExc_RuntimeError);
+}
+
 }  // namespace fastres

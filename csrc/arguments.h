@@ -32,20 +32,33 @@ int64_t int_of(PyObject* value);
 // An int for both dimensions of a map, or a tuple of two.
 cpu::Pair pair_of(PyObject* value);
 
-// The tensor that call() returns; None for the unusual and for what an operator refuses, before it
-// has changed anything: Python finds out what is wrong, and says it.
+// Whether Python raised this to refuse arguments, as functional.REFUSED has it: under a dispatch
+// mode operators are called through Python.
+bool is_refusal(const pybind11::error_already_set& error);
+
+// The tensor that call() returns. None, after undo(), for the unusual and for what an operator
+// refuses: Python finds out what is wrong, and says it. What a hook raises is the caller's.
+template <typename F, typename Undo>
+pybind11::object unless_unusual(const F& call, const Undo& undo) {
+  namespace py = pybind11;
+  try {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(call()));
+  } catch (const Unusual&) {
+  } catch (const c10::Error&) {
+  } catch (const py::error_already_set& error) {
+    if (!is_refusal(error)) throw;
+  } catch (python_error& raised) {
+    raised.restore();
+    const py::error_already_set error;
+    if (!is_refusal(error)) throw error;
+  }
+  undo();
+  return py::none();
+}
+
 template <typename F>
 pybind11::object unless_unusual(const F& call) {
-  try {
-    return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(call()));
-  } catch (const Unusual&) {
-    return pybind11::none();
-  } catch (const c10::Error&) {
-    return pybind11::none();
-  } catch (python_error& raised_by_a_hook) {
-    raised_by_a_hook.restore();
-    throw pybind11::error_already_set();
-  }
+  return unless_unusual(call, [] {});
 }
 
 }  // namespace fastres

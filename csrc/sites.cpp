@@ -141,22 +141,16 @@ struct CountingBatchNorm : BatchNorm {
     require(batches && bool_of(bn.get(known().track_running_stats)));
   }
 
-  // Counts the batch before it is normalised, as nn.BatchNorm2d does; not if the call is refused.
-  template <typename F>
-  at::Tensor count(const F& call) const {
-    if (!batches) return call();
-    batches->add_(1);
-    try {
-      return call();
-    } catch (const Unusual&) {
-      batches->sub_(1);
-      throw;
-    } catch (const c10::Error&) {
-      batches->sub_(1);
-      throw;
-    }
+  // Counts the batch before it is normalised, as nn.BatchNorm2d does; gives the counter.
+  OptionalTensor count() const {
+    if (batches) batches->add_(1);
+    return batches;
   }
 };
+
+void uncount(const OptionalTensor& batches) {
+  if (batches) batches->sub_(1);
+}
 
 // What is added to an output of this size and dtype.
 OptionalTensor residual_of(py::handle residual, at::IntArrayRef size, at::ScalarType dtype) {
@@ -175,7 +169,8 @@ at::ScalarType output_dtype(const at::Tensor& x) {
 
 py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_module,
                        py::handle act, py::handle residual, py::handle via) {
-  return unless_unusual([&] {
+  OptionalTensor counted;
+  const auto site = [&] {
     const auto x = activation_of(input.ptr());
     const auto conv = convolution_of(conv_module.ptr());
     const CountingBatchNorm bn(bn_module.ptr());
@@ -188,22 +183,27 @@ py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_m
       require(g.stride[0] > 0 && g.stride[1] > 0);
       r = residual_of(residual, cpu::output_size(x, conv.weight, g), output_dtype(x));
     }
+    counted = bn.count();
     const py::gil_scoped_release no_gil;
-    return bn.count([&] { return conv_bn_relu(x, r, conv, bn, relu); });
-  });
+    return conv_bn_relu(x, r, conv, bn, relu);
+  };
+  return unless_unusual(site, [&] { uncount(counted); });
 }
 
 py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::handle residual,
                   py::handle via) {
-  return unless_unusual([&] {
+  OptionalTensor counted;
+  const auto site = [&] {
     const auto x = activation_of(input.ptr());
     const CountingBatchNorm bn(bn_module.ptr());
     const bool relu = is_relu(act.ptr());
     require_identities(via.ptr());
     const auto r = residual_of(residual, x.sizes(), x.scalar_type());
+    counted = bn.count();
     const py::gil_scoped_release no_gil;
-    return bn.count([&] { return autograd::bn_relu(x, r, bn, relu); });
-  });
+    return autograd::bn_relu(x, r, bn, relu);
+  };
+  return unless_unusual(site, [&] { uncount(counted); });
 }
 
 }  // namespace fastres

@@ -68,6 +68,16 @@ def implementation(request, monkeypatch):
         override._destroy()
 
 
+@pytest.fixture(params=["extension", "python"])
+def recorder(request, monkeypatch):
+    """Runs the test on the nodes of ``csrc/autograd.cpp``, then on ``fastres/autograd.py``."""
+    if request.param == "python":
+        monkeypatch.setattr(ops, "extension", None)
+    elif ops.extension is None:
+        pytest.skip("the compiled extension is not installed")
+    return request.param
+
+
 @pytest.fixture
 def threads():
     """``torch.set_num_threads``, undone after the test."""

@@ -2,6 +2,7 @@
 buffers updated exactly once."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -266,3 +267,13 @@ def test_compiled_and_plain_models_share_their_parameters():
     assert not torch.allclose(before, after)
     with torch.no_grad(), fastres.backend("eager"):
         torch.testing.assert_close(after, run(twin, images()), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_autograd():
+    """The backward of a net that ran uncompiled, traced and compiled as a whole."""
+    net, x = block(training=True), images()
+    expected = everything(copy.deepcopy(net), run, x)
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        ours = everything(net, run, x)
+    assert_like_eager(ours, expected, rtol=1e-5, atol=1e-6)

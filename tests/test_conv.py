@@ -186,6 +186,35 @@ def test_gradients_agree_with_eager(shape, dtype, layout):
         assert ours[0].is_contiguous(memory_format=memory_format) or not expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (1, 4)])
+@pytest.mark.parametrize("size", [2, 20], ids=["more weights", "more activations"])
+def test_activations_and_weights_in_formats_of_their_own(size, stride, groups, dtype):
+    """What a network in channels_last computes with weights that are not: everything comes back in
+    the format of its own operand."""
+    input = spread((2, 16, size, size), dtype, "channels_last")
+    weight = spread((32, 16 // groups, 3, 3), dtype)
+    geometry = ([stride] * 2, [1, 1], [1, 1], groups)
+    output = ops.conv(input, weight, None, *geometry)
+    grad = torch.randn_like(output)
+
+    def everything(forward, grad, input, weight):
+        gradients = ops.conv_gradients(grad, input, weight, *geometry, [True, True, False])
+        return forward(input, weight, None, *geometry), *gradients[:2]
+
+    ours = (
+        output, ops.conv_dgrad(grad, input, weight, *geometry),
+        ops.conv_wgrad(grad, input, weight, *geometry, [True, False])[0],
+    )  # fmt: skip
+    theirs = everything(F.conv2d, grad, input, weight)
+    truth = everything(F.conv2d, grad.double(), input.double(), weight.double())
+    for index, like in enumerate((input, input, weight)):
+        assert_close(ours[index], theirs[index], truth[index], str(index), scale=4 if index else 1)
+        last = like.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        assert ours[index].is_contiguous(memory_format=memory_format), index
+
+
 def test_the_same_bits_again():
     input, weight, bias = operands((2, 64, 28, 28, 64, 3, 1, 1, 1))
     results = [ops.extension.conv_by("winograd4", input, weight, bias, 1, 1, 1) for _ in range(2)]

@@ -210,8 +210,10 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
   const auto x = operand(input);
   const bool last = output_format(x) == at::MemoryFormat::ChannelsLast ||
                     output_format(weight) == at::MemoryFormat::ChannelsLast;
+  const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   // Of the weights only the shape counts, but ATen would bring their values to its format, too.
-  const auto shaped = last ? empty_last(weight.sizes(), x) : at::empty(weight.sizes(), x.options());
+  const bool fits = weight.scalar_type() == dtype && weight.is_contiguous(format);
+  const auto shaped = fits ? weight : at::empty(weight.sizes(), x.options().memory_format(format));
   const std::array<int64_t, 1> outputs{weight.size(0)};
   const auto [_, grad_weight, grad_bias] = at::convolution_backward(
       operand(grad_output), x, shaped, at::IntArrayRef(outputs), stride, padding, dilation,
@@ -219,7 +221,8 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
   const auto narrow = [&](const at::Tensor& t) {
     return t.defined() ? t.to(weight.scalar_type()) : weight.new_empty({0});
   };
-  return {narrow(grad_weight), narrow(grad_bias)};
+  if (!output_mask[0]) return {narrow(grad_weight), narrow(grad_bias)};
+  return {narrow(grad_weight).contiguous(output_format(weight)), narrow(grad_bias)};
 }
 
 at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,
