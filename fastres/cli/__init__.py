@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import fastres
 
 from ..compare import ProviderError
-from . import compare, evaluate, info, summary, train
+from . import compare, evaluate, info, lesion, summary, table, train
 from .common import UserError
 from .images import MEAN, STD, batches_of, default_images, load_images
 from .model import build_model
@@ -27,7 +27,7 @@ __all__ = [
     "main",
 ]
 
-COMMANDS = (info, summary, compare, train, evaluate)
+COMMANDS = (info, summary, compare, table, train, evaluate, lesion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

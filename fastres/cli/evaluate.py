@@ -10,7 +10,7 @@ from ..convert import convert
 from ..training import RECIPES, Recipe, Settings, TrainingError, open_split
 from ..training import checkpoint as checkpoints
 from ..training.distributed import ALONE
-from ..training.evaluation import evaluate
+from ..training.evaluation import Score, evaluate
 from ..training.loading import OrderedBatches, Prepared, loader
 from ..training.settings import DTYPES
 from .common import MODEL_HELP, UserError
@@ -24,8 +24,32 @@ from .recipe import (
 )
 
 
+@dataclasses.dataclass
+class Trained:
+    """A model with trained weights, and the test images: what is evaluated, and taken apart."""
+
+    model: nn.Module
+    images: Prepared
+    recipe: Recipe
+    settings: Settings
+    classes: int
+
+    def score(self, limit: int | None = None) -> Score:
+        """Of the first ``limit`` test images, or of all."""
+        count = min(limit or len(self.images.images), len(self.images.images))
+        batches = OrderedBatches(count, self.recipe.batch, ALONE)
+        data = loader(self.images, batches, self.settings.workers, self.settings.device == "cuda")
+        return evaluate(self.model, data, self.settings, self.classes)
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser("evaluate", help="accuracy of trained weights")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What says which trained model, and on which images."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE",
@@ -39,22 +63,11 @@ def add_parser(commands) -> None:
     )
     add_settings_options(parser)
     add_recipe_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     try:
-        settings = read_settings(options)
-        state = checkpoints.load(options.checkpoint)
-        identity = state.get("identity", {})
-        recipe = read_recipe(options, _recipe(options.recipe, identity))
-        images = open_split(options.data, "test", recipe.classes)
-        classes = len(images.classes)
-        model = _model(options, state, identity, recipe, settings, classes)
-        prepared = Prepared(images, recipe, False, settings.seed)
-        batches = OrderedBatches(len(images), recipe.batch, ALONE)
-        data = loader(prepared, batches, settings.workers, settings.device == "cuda")
-        score = evaluate(model, data, settings, classes)
+        score = open_trained(options).score()
     except TrainingError as error:
         raise UserError(str(error)) from error
     skipped = f", {score.skipped} files skipped: no images" if score.skipped else ""
@@ -63,6 +76,18 @@ def run(options: argparse.Namespace) -> int:
         f"loss {score.loss:.4f}{skipped}"
     )
     return 0
+
+
+def open_trained(options: argparse.Namespace) -> Trained:
+    """What the options of :func:`add_options` name."""
+    settings = read_settings(options)
+    state = checkpoints.load(options.checkpoint)
+    identity = state.get("identity", {})
+    recipe = read_recipe(options, _recipe(options.recipe, identity))
+    images = open_split(options.data, "test", recipe.classes)
+    classes = len(images.classes)
+    model = _model(options, state, identity, recipe, settings, classes)
+    return Trained(model, Prepared(images, recipe, False, settings.seed), recipe, settings, classes)
 
 
 def _recipe(name: str | None, identity: dict) -> Recipe:
