@@ -176,7 +176,7 @@ def test_a_failing_compiler_is_reported(capsys, photographs, here, monkeypatch):
     ("model", "message"),
     [
         ("resnet50", "did you mean torchvision:resnet50?"),
-        ("fastres:resnet51", "fastres.models has no 'resnet51'; did you mean resnet50"),
+        ("fastres:resnet51", "no model is called 'resnet51'; did you mean resnet"),
         ("torchvision:resnet5O", "torchvision has no 'resnet5O'; did you mean resnet50"),
         ("torchvison:resnet18", "no module named 'torchvison'; did you mean torchvision?"),
         ("test_cli:tniy", "test_cli has no 'tniy'; did you mean tiny"),
