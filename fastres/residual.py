@@ -27,7 +27,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.survival == 1.0:
             return self.combine(x, x)
-        if self.survival == 0.0 or (self.training and torch.rand(()).item() >= self.survival):
+        if self.survival == 0.0 or (
+            self.training and torch.rand((), device="cpu").item() >= self.survival
+        ):
             return self.without_branch(x)
         return self.combine(x, x, 1.0 if self.training else self.survival)
 

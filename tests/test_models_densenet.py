@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from agreement import Calls
+from agreement import FLOATS, Calls
 from families import assert_same_network, count, fill, trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +70,26 @@ def test_inference_copies_every_channel_once(one_thread):
     recorded = block(x)  # with a graph: concatenated layer by layer
     assert recorded.requires_grad
     torch.testing.assert_close(output, recorded.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_batch_norm_of_a_slice_of_channels_is_that_of_its_copy(dtype):
+    """The same bits, for maps of every kind of size, and other slices and strides beside it."""
+    bn = fill(torch.nn.BatchNorm2d(19)).to(dtype).eval()
+    arguments = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    for n, h, w in ((2, 5, 7), (1, 1, 1), (3, 1, 1), (1, 4, 1), (2, 1, 6), (2, 33, 35)):
+        whole = torch.randn(n, 40, h, w).to(dtype).to(memory_format=torch.channels_last)
+        for part in (
+            whole[:, :19], whole[:, 21:], whole[:, 2::2], whole[:, :19, :, ::2],
+            whole[:, :19, ::2], whole[::2, :19], whole[:, :19].expand(n, 19, h, w),
+            whole[:, :19].mT, whole[:1, :19].expand(3, 19, h, w),
+        ):  # fmt: skip
+            copy_ = part.clone(memory_format=torch.channels_last)
+            with torch.no_grad():
+                ours = fastres.functional.bn_relu(part, *arguments)
+                assert torch.equal(ours, fastres.functional.bn_relu(copy_, *arguments))
+                close = {"rtol": 2e-2, "atol": 5e-2} if dtype.itemsize == 2 else {}
+                torch.testing.assert_close(ours, bn(copy_).relu(), **close)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

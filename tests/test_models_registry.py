@@ -1,5 +1,8 @@
 """Models by name: what is listed can be made, what is wrong is said."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -129,3 +132,21 @@ def test_inside_it_is_channels_last(one_thread, name, training):
     with torch.set_grad_enabled(training), fastres.backend("eager"):
         model(images)
     assert seen[0].is_contiguous(), "eager PyTorch is given what the caller gave"
+
+
+def examples():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    section = text.partition("\n## Models\n")[2].partition("\n## ")[0]
+    return re.findall(r"`(create\(.+?\))`", section)
+
+
+def test_readme_has_an_example_of_every_family():
+    assert len(examples()) >= 13
+
+
+@pytest.mark.parametrize("example", examples())
+def test_readme_examples(example):
+    with torch.device("meta"):
+        model = eval(example, {"create": create})
+        first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        assert model(torch.empty(2, first.in_channels, 32, 32)).shape[0] == 2
