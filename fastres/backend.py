@@ -191,7 +191,7 @@ def serving(operator: str, device: torch.device) -> str:
 
 
 def _has(name: str, operator: str, device_type: str) -> bool:
-    """Triton has every operator: a convolution is the vendor's, then bn_relu."""
+    """Triton has every operator: within one, a convolution may be the vendor's."""
     if name == "triton":
         interpreted = device_type == "cpu" and ops.TRITON_FOUND and ops.TRITON_INTERPRETS
         return interpreted or (device_type == "cuda" and ops.TRITON_FOUND)

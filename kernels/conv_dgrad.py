@@ -177,8 +177,8 @@ def dgrad(
             part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
             *shape.output[2:], *stride, *part.offset, *part.step, *part.w_steps,
             w[0].numel(), shape.channels // groups, shape.filters // groups,
-            MERGED=merge, R=part.taps[0], S=part.taps[1], RELU=behind is not None, PLAIN=shape.pointwise,
-            PADDED=not shape.pointwise, PRECISION=precision(allow_tf32), **keywords,
+            MERGED=merge, R=part.taps[0], S=part.taps[1], RELU=behind is not None,
+            PLAIN=shape.pointwise, PADDED=not shape.pointwise, PRECISION=precision(allow_tf32), **keywords,
         )  # fmt: skip
 
     def measure(way: Way, tuner):

@@ -136,9 +136,12 @@ def fprop(
     *normal, eps = norm or (None, None, None, None, 0.0)
     constants = {"RELU": relu, "PRECISION": precision(allow_tf32)}
 
-    def launch(kernel, block_m: int, y=y, **keywords):
+    def moments_of(block_m: int):
         tiles = triton.cdiv(shape.pixels, block_m)
-        moments = vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+        return vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+
+    def launch(kernel, block_m: int, y=y, **keywords):
+        moments = moments_of(block_m)
         kernel[grid(shape.pixels, groups, shape.filters // groups)](
             x, w, y, bias, *normal, residual, *(prologue or (None, None, None)), *moments,
             shape.pixels, *shape.input[2:], shape.channels, shape.filters, *shape.output[2:],
@@ -149,8 +152,7 @@ def fprop(
         return moments
 
     def launch_pointwise(kernel, block_m: int, y=y, **keywords):
-        tiles = triton.cdiv(shape.pixels, block_m)
-        moments = vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+        moments = moments_of(block_m)
         conv_pointwise.launch(
             kernel, shape, x, w, y, bias, *normal, residual, *moments,
             eps=eps, **constants, **keywords,
@@ -158,7 +160,7 @@ def fprop(
         return moments
 
     ways = [Way(fprop_kernel, problem, launch)]
-    if prologue is None and conv_pointwise.fits(shape, groups, x):
+    if prologue is None and conv_pointwise.fits(shape, groups, x, w):
         problem = problem._replace(kind="descriptors")
         ways.append(Way(conv_pointwise.pointwise_kernel, problem, launch_pointwise))
 

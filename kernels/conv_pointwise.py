@@ -19,7 +19,7 @@ from .conv_shape import Shape
 from .conv_tile import place_of
 from .layout import multiprocessors
 
-_ALIGNMENT = 16  # bytes, of a row of a matrix that a descriptor describes
+_ALIGNMENT = 16  # bytes, of every row of a matrix that a descriptor describes
 
 
 @triton.jit
@@ -68,12 +68,13 @@ def pointwise_kernel(
         )  # fmt: skip
 
 
-def fits(shape: Shape, groups: int, x: Tensor) -> bool:
+def fits(shape: Shape, groups: int, x: Tensor, w: Tensor) -> bool:
     """Whether the kernel computes such a convolution. Not while a graph is traced: a graph would
     have to know of the memory that descriptors need."""
-    rows = shape.channels * x.element_size()
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return plain and shape.pointwise and groups == 1 and rows % _ALIGNMENT == 0
+    if not shape.pointwise or groups > 1 or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    places = (shape.channels * x.element_size(), x.data_ptr(), w.data_ptr())
+    return all(place % _ALIGNMENT == 0 for place in places)
 
 
 def launch(kernel, shape: Shape, x: Tensor, *operands, **keywords) -> None:

@@ -109,7 +109,7 @@ def _passes(problem: Problem) -> dict[str, dict]:
                 "fastres-triton tuned": providers.under(tuned, ours),
                 "fastres-triton, cuDNN's convolution": providers.under(vendor, ours),
             }
-            if "cuda" in providers.served():
+            if "cuda" in providers.served("conv_bn_relu"):
                 cuda = functools.partial(fastres.backend, "cuda")
                 passes[what]["fastres-cuda"] = providers.under(cuda, ours)
         passes["eval"] |= _vendors(problem)

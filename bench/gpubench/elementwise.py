@@ -58,23 +58,23 @@ def _kinds(o: Operands, residual: bool) -> dict[str, tuple[int, dict]]:
     more = int(residual)
     what = "bn_add_relu" if residual else "bn_relu"
     kinds = {
-        f"{what} eval": (2 + more, _calls(o, r, _forward, False)),
-        f"{what} training": (3 + more, _calls(o, r, _forward, True)),
+        f"{what} eval": (2 + more, _calls("bn_relu", o, r, _forward, False)),
+        f"{what} training": (3 + more, _calls("bn_relu", o, r, _forward, True)),
         # dy and x twice, dx once; beside a residual the output twice and its gradient once
-        f"{what} backward": (5 + 3 * more, _calls(o, r, _backward, True)),
+        f"{what} backward": (5 + 3 * more, _calls("bn_relu_backward", o, r, _backward, True)),
     }
     if residual:
-        kinds["add_relu"] = (3, _calls(o, r, _add, False))
-        kinds["add_relu backward"] = (3, _calls(o, r, _add_backward, False))
+        kinds["add_relu"] = (3, _calls("add_relu", o, r, _add, False))
+        kinds["add_relu backward"] = (3, _calls("add_relu_backward", o, r, _add_backward, False))
     return kinds
 
 
-def _calls(o: Operands, residual, call, training: bool) -> dict:
+def _calls(operator: str, o: Operands, residual, call, training: bool) -> dict:
     calls = {
         "eager": functools.partial(call, "eager", o, residual, training),
         "truth": functools.partial(call, "truth", o, residual, training),
     }
-    for name in providers.served():
+    for name in providers.served(operator):
         calls[f"fastres-{name}"] = functools.partial(call, name, o, residual, training)
     return calls
 

@@ -35,7 +35,8 @@ def images(batch: int, size: int, device: torch.device) -> torch.Tensor:
 def contexts() -> dict:
     """Provider to what it is called in."""
     served = {
-        f"fastres-{name}": functools.partial(fastres.backend, name) for name in providers.served()
+        f"fastres-{name}": functools.partial(fastres.backend, name)
+        for name in providers.served("conv_bn_relu")
     }
     if "fastres-triton" in served:
         everything = functools.partial(providers.triton, classes())

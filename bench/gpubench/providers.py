@@ -6,6 +6,7 @@ import os
 from fastres.kernels import configs, conv_choice
 
 import fastres
+from fastres import ops
 
 
 @contextlib.contextmanager
@@ -41,7 +42,9 @@ def under(context, call):
     return inside
 
 
-def served(backends=("triton", "cuda")) -> list[str]:
-    """Those of fastres' GPU backends that can serve here."""
+def served(operator: str) -> list[str]:
+    """Those of fastres' GPU backends that have a kernel for it here: an operator without one would
+    be PyTorch's own maths."""
     available = fastres.backends()
-    return [name for name in backends if available[name]]
+    names = ["triton"] if available["triton"] else []
+    return [*names, "cuda"] if available["cuda"] and ops.has_kernel(operator, "cuda") else names
