@@ -63,8 +63,12 @@ def integers(*values: int):
 
 
 def arrays(*tensors: Tensor | None):
-    """Their addresses; None where there is none."""
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    """Their addresses; None where there is none. They live as long as the result does."""
+    found = (ctypes.c_void_p * len(tensors))(
+        *(None if t is None else t.data_ptr() for t in tensors)
+    )
+    found.tensors = tensors
+    return found
 
 
 def call(function, *arguments) -> None:

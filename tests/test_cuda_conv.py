@@ -117,3 +117,64 @@ def test_what_the_tensor_maps_cannot_say():
     ]:
         shape = (n, c, 300, 300, k, r, r, (1, 1), (padding,) * 2, (dilation,) * 2)
         assert not fits(numbers(shape)), shape
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_gradient_of_the_input(padding):
+    """At stride 1: the convolution of the output's gradient with turned filters, padded by what the
+    forward one lacks of a full one."""
+    shape = (2, 16, 10, 9, 72, 3, 3, (1, 1), (padding,) * 2, (1, 1))
+    x, f, raw, _ = operands_for(shape, torch.bfloat16)
+    grad = torch.randn(raw.shape, dtype=torch.float64).to(x.dtype)
+    n, k, p, q = raw.shape
+    turned = (n, k, p, q, 16, 3, 3, (1, 1), (2 - padding,) * 2, (1, 1))
+    filters = f.flip((2, 3)).transpose(0, 1)
+    found, *_ = convolve(turned, grad, filters, None, x, None, None, 64, False, False)
+
+    def gradient(x, f, grad):
+        return torch.nn.grad.conv2d_input(x.shape, f, grad, *shape[7:])
+
+    exact = gradient(x.double(), f.double(), grad.double())
+    assert_close(found, gradient(x, f, grad), exact)
+
+
+@pytest.mark.parametrize("multiprocessors", [3, 40])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradient_of_the_filters(name, multiprocessors):
+    """In one share of the pixels and in several."""
+    dtype = torch.bfloat16 if multiprocessors == 3 else torch.float16
+    shape = SHAPES[name]
+    x, f, raw, _ = operands_for(shape, dtype)
+    grad = torch.randn(raw.shape, dtype=torch.float64).to(dtype)
+
+    def gradient(x, f, grad):
+        f = f.detach().requires_grad_()
+        y = F.conv2d(x, f, None, *shape[7:])
+        return torch.autograd.grad(y, f, grad)[0]
+
+    guard = emulating.Guarded()
+    found = guard.empty_like(torch.empty(f.numel(), dtype=dtype))
+    emulating.call(
+        emulating.library("conv_wgrad").conv_wgrad, emulating.dtype_name(x), numbers(shape),
+        emulating.arrays(
+            grad.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1).contiguous(), found
+        ),
+        multiprocessors,
+    )  # fmt: skip
+    guard.check()
+    k, c, r, s = f.shape
+    found = found.view(k, r, s, c).permute(0, 3, 1, 2)
+    exact = gradient(x.double(), f.double(), grad.double())
+    assert_close(found, gradient(x, f, grad), exact, name)
+
+
+def test_shares_of_the_pixels_cover_them():
+    covers = emulating.library("conv_wgrad").wgrad_covers
+    covers.restype = ctypes.c_bool
+    for n in (1, 2, 32, 256):
+        for c, k, size in [(64, 64, 56), (256, 64, 56), (512, 512, 7), (2048, 512, 7), (24, 8, 13)]:
+            for kernel in (1, 3):
+                pad = (kernel // 2,) * 2
+                shape = (n, c, size, size, k, kernel, kernel, (1, 1), pad, (1, 1))
+                for multiprocessors in (1, 3, 114, 132, 1000):
+                    assert covers(numbers(shape), multiprocessors), (shape, multiprocessors)

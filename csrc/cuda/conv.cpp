@@ -3,6 +3,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/flip.h>
+#include <ATen/ops/sum.h>
 
 #include "bn_relu_host.h"
 #include "operators.h"
@@ -76,15 +77,21 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
   const auto g = cpu::check_geometry(stride, padding, dilation, groups);
   check_gradient(grad_output, input, weight, g);
   const Below below(input.device());
+  const auto as_asked = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
+  };
+  const bool want_weight = output_mask[0], want_bias = output_mask[1];
+  if (want_weight && own_conv_serves(input, weight, g)) {
+    const auto bias = want_bias ? grad_output.sum({0, 2, 3}) : at::Tensor();
+    const auto filters = as_asked(own_wgrad(grad_output, input, weight, g));
+    return {filters.contiguous(output_format(weight)), as_asked(bias)};
+  }
   const std::array<int64_t, 1> outputs{weight.size(0)};
   const auto [_, grad_weight, grad_bias] = at::convolution_backward(
       grad_output, input, weight.to(input.scalar_type()), at::IntArrayRef(outputs), g.stride,
       g.padding, g.dilation, /*transposed=*/false, {0, 0}, g.groups,
-      {false, output_mask[0], output_mask[1]});
-  const auto narrow = [&](const at::Tensor& t) {
-    return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
-  };
-  return {narrow(grad_weight), narrow(grad_bias)};
+      {false, want_weight, want_bias});
+  return {as_asked(grad_weight), as_asked(grad_bias)};
 }
 
 }  // namespace fastres::cuda

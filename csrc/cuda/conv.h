@@ -29,6 +29,11 @@ struct ConvMoments {
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
                              const cpu::ConvGeometry& g);
 
+// The gradient of the filters by it, shaped as weight and in input's dtype; grad_output has the
+// convolution's shape.
+at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                     const at::Tensor& weight, const cpu::ConvGeometry& g);
+
 // PyTorch's own, in the dtype of input.
 at::Tensor vendor_conv(const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, const cpu::ConvGeometry& g);

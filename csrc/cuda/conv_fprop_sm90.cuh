@@ -8,11 +8,9 @@
 #pragma once
 
 #include "conv_fprop.h"
-#include "sm90.cuh"
+#include "conv_ring.cuh"
 
 namespace fastres::cuda {
-
-constexpr int kConvThreads = 384;
 
 template <int kTileK>
 struct ConvMemory {
@@ -25,16 +23,6 @@ struct ConvMemory {
   alignas(1024) char output[2][kHalfBytes];  // where the residual arrives
   float mean[8][kTileK], squares[8][kTileK];
   uint64_t full[kStages], empty[kStages], residual_full[2], residual_empty[2];
-};
-
-// A position in the ring: the stage, and the parity of its present use.
-struct Stage {
-  int index = 0, parity = 0;
-
-  template <int kStages>
-  __device__ void advance() {
-    if (++index == kStages) index = 0, parity ^= 1;
-  }
 };
 
 // Operand of a product: rows of 128 bytes, swizzled; eight of them are 1024 bytes.
@@ -83,31 +71,6 @@ __device__ void conv_produce(ConvMemory<kTileK>& m, const TensorMap& x, const Te
 }
 
 // --- the consumers ---
-
-// Sums of one tile, of this warpgroup's 64 rows.
-template <typename T, int kTileK>
-__device__ void conv_multiply(ConvMemory<kTileK>& m, float (&sum)[kTileK / 2], Stage& stage,
-                              int steps, int group, int lane) {
-  using M = ConvMemory<kTileK>;
-  int previous = -1;
-  for (int step = 0; step < steps; ++step) {
-    barrier_wait(&m.full[stage.index], stage.parity);
-    const uint64_t a = operand(m.input[stage.index] + group * 8192);
-    const uint64_t b = operand(m.filter[stage.index]);
-    hold(sum);
-    mma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mma<T>(sum, a + 2 * i, b + 2 * i, step | i);  // 16 channels each
-    mma_commit();
-    mma_wait<1>();
-    if (previous >= 0 && lane == 0) barrier_arrive(&m.empty[previous]);
-    previous = stage.index;
-    stage.advance<M::kStages>();
-  }
-  mma_wait<0>();
-  hold(sum);
-  if (lane == 0) barrier_arrive(&m.empty[previous]);
-}
 
 // Where the values of a thread's rows lie in its warpgroup's half of the output tile: 64 x 64
 // boxes, whose rows of 128 bytes are swizzled.
@@ -227,7 +190,10 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const TensorMap& y, const Co
   int parity = 0;
   float sum[kTileK / 2];
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-    conv_multiply<T>(m, sum, stage, steps, group, threadIdx.x % 32);
+    multiply<T, false, ConvMemory<kTileK>::kStages>(
+        m.full, m.empty, sum, stage, steps, threadIdx.x % 32,
+        [&](int i) { return operand(m.input[i] + group * 8192); },
+        [&](int i) { return operand(m.filter[i]); });
     conv_finish<T, kTileK, kEpilogue>(m, sum, parity, e, shape, tiles, tile, group);
     conv_store(m, y, tiles, tile, group, e.residual);
     if (kEpilogue == Epilogue::kMoments) {
@@ -251,7 +217,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   static_assert(sizeof(M) <= 227 * 1024, "more than a multiprocessor's shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    for (int i = 0; i < M::kStages; ++i) barrier_init(&m.full[i], 1), barrier_init(&m.empty[i], 8);
+    init_ring<M::kStages>(m.full, m.empty);
     for (int i = 0; i < 2; ++i) {
       barrier_init(&m.residual_full[i], 1);
       barrier_init(&m.residual_empty[i], 1);

@@ -4,6 +4,7 @@
 #include "bn_relu_host.h"
 #include "conv.h"
 #include "conv_fprop.h"
+#include "conv_wgrad.h"
 
 namespace fastres::cuda {
 namespace {
@@ -78,6 +79,22 @@ ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
   call.run(Epilogue::kMoments, {nullptr, nullptr, false, false, data<Moments<float>>(moments)},
            tile);
   return {call.output, moments, segments};
+}
+
+at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                     const at::Tensor& weight, const cpu::ConvGeometry& g) {
+  const auto x = operand(input), dy = operand(grad_output);
+  const ConvShape shape = conv_shape_of(x, weight, g);
+  const int chip = multiprocessors(x);
+  const auto result =
+      at::empty(weight.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto partial = at::empty({WgradTiles::of(shape, chip).shares * result.numel()},
+                                 x.options().dtype(at::kFloat));
+  launch_conv_wgrad(
+      current_stream(x), x.scalar_type() == at::kBFloat16, shape,
+      {dy.const_data_ptr(), x.const_data_ptr(), data<float>(partial), result.mutable_data_ptr()},
+      chip);
+  return result;
 }
 
 at::Tensor vendor_conv(const at::Tensor& input, const at::Tensor& weight,

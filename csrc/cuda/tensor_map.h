@@ -28,12 +28,12 @@ struct TensorMapFields {
 };
 
 // The input (N, H, W, C), for `pixels` windows at a time.
-inline TensorMapFields input_map(const void* x, bool bfloat16, const ConvShape& s) {
+inline TensorMapFields input_map(const void* x, bool bfloat16, const ConvShape& s,
+                                 uint32_t pixels = ConvTiles::kTileM) {
   const auto c = static_cast<uint64_t>(s.c), w = static_cast<uint64_t>(s.w),
              h = static_cast<uint64_t>(s.h);
-  TensorMapFields f{
-      x,  bfloat16,          4, {c, w, h, static_cast<uint64_t>(s.n)}, {}, {}, true, {},
-      {}, ConvTiles::kTileM, {}};
+  TensorMapFields f{x,  bfloat16, 4, {c, w, h, static_cast<uint64_t>(s.n)}, {}, {}, true, {},
+                    {}, pixels,   {}};
   f.stride[0] = 2 * c, f.stride[1] = 2 * c * w, f.stride[2] = 2 * c * w * h;
   f.box[0] = ConvTiles::kChunk;
   f.lower[0] = -s.padding.w, f.lower[1] = -s.padding.h;

@@ -1,6 +1,7 @@
 // wgmma: a warpgroup's products of matrices in shared memory, accumulated in its registers.
 //
-// d (64 x N) += a (64 x 16) * b (N x 16)^T. Thread t holds of d the rows t / 32 * 16 + t % 32 / 4 +
+// d (64 x N) += a (64 x 16) * b (N x 16)^T; the rows of a and b lie in memory or, transposed, their
+// columns. Thread t holds of d the rows t / 32 * 16 + t % 32 / 4 +
 // 8h and the columns 8j + t % 4 * 2 + e, in d[4j + 2h + e].
 #pragma once
 
@@ -32,7 +33,7 @@ __device__ inline void hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-template <typename T, int N>
+template <typename T, int N, bool kTransposed>
 struct Mma;
 
 // %0 ... %(N / 2 - 1), and the accumulators that they stand for
@@ -55,32 +56,37 @@ struct Mma;
 #define FASTRES_D128(i) FASTRES_D64(i), FASTRES_D64(i + 64)
 
 // A, B and ADD are the numbers of the operands behind them.
-#define FASTRES_MMA(TYPE, NAME, N, HALF, A, B, ADD)                                   \
-  template <>                                                                         \
-  struct Mma<TYPE, N> {                                                               \
-    static __device__ void run(float (&d)[HALF], uint64_t a, uint64_t b, int add) {   \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD                          \
-                   ", 0;\n"                                                           \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME    \
-                   " {" FASTRES_NAMES_##HALF "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}" \
-                   : FASTRES_D##HALF(0)                                               \
-                   : "l"(a), "l"(b), "r"(add));                                       \
-    }                                                                                 \
+#define FASTRES_MMA(TYPE, NAME, N, TURN, HALF, A, B, ADD)                                      \
+  template <>                                                                                  \
+  struct Mma<TYPE, N, TURN> {                                                                  \
+    static __device__ void run(float (&d)[HALF], uint64_t a, uint64_t b, int add) {            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD                                   \
+                   ", 0;\n"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME             \
+                   " {" FASTRES_NAMES_##HALF "}, %" #A ", %" #B ", p, 1, 1, " #TURN ", " #TURN \
+                                             ";\n}"                                            \
+                   : FASTRES_D##HALF(0)                                                        \
+                   : "l"(a), "l"(b), "r"(add));                                                \
+    }                                                                                          \
   };
 
-FASTRES_MMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34)
-FASTRES_MMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66)
-FASTRES_MMA(__nv_bfloat16, "bf16", 256, 128, 128, 129, 130)
-FASTRES_MMA(__half, "f16", 64, 32, 32, 33, 34)
-FASTRES_MMA(__half, "f16", 128, 64, 64, 65, 66)
-FASTRES_MMA(__half, "f16", 256, 128, 128, 129, 130)
+FASTRES_MMA(__nv_bfloat16, "bf16", 64, 0, 32, 32, 33, 34)
+FASTRES_MMA(__nv_bfloat16, "bf16", 64, 1, 32, 32, 33, 34)
+FASTRES_MMA(__nv_bfloat16, "bf16", 128, 0, 64, 64, 65, 66)
+FASTRES_MMA(__nv_bfloat16, "bf16", 128, 1, 64, 64, 65, 66)
+FASTRES_MMA(__nv_bfloat16, "bf16", 256, 0, 128, 128, 129, 130)
+FASTRES_MMA(__half, "f16", 64, 0, 32, 32, 33, 34)
+FASTRES_MMA(__half, "f16", 64, 1, 32, 32, 33, 34)
+FASTRES_MMA(__half, "f16", 128, 0, 64, 64, 65, 66)
+FASTRES_MMA(__half, "f16", 128, 1, 64, 64, 65, 66)
+FASTRES_MMA(__half, "f16", 256, 0, 128, 128, 129, 130)
 
 #undef FASTRES_MMA
 
 // d += a * b^T, or d = a * b^T where `add` is 0; a and b: descriptors of operands in shared memory.
-template <typename T, int HALF>
+template <typename T, bool kTransposed, int HALF>
 __device__ inline void mma(float (&d)[HALF], uint64_t a, uint64_t b, int add) {
-  Mma<T, 2 * HALF>::run(d, a, b, add);
+  Mma<T, 2 * HALF, kTransposed>::run(d, a, b, add);
 }
 
 }  // namespace fastres::cuda

@@ -1,18 +1,10 @@
 // The convolution of csrc/cuda for sm_90a, emulated; called through ctypes.
+#include "../../csrc/cuda/bn_relu.cuh"
 #include "../../csrc/cuda/conv_fprop_sm90.cuh"
 #include "calls.h"
+#include "shapes.h"
 
 using namespace fastres::cuda;
-
-namespace {
-
-// n, h, w, c, k, r, s, then stride, padding and dilation as (h, w)
-ConvShape shape_of(const int64_t* v) {
-  const auto i = [&](int j) { return static_cast<int>(v[j]); };
-  return {v[0], i(1), i(2), i(3), i(4), i(5), i(6), {i(7), i(8)}, {i(9), i(10)}, {i(11), i(12)}};
-}
-
-}  // namespace
 
 // arrays: input, filter, residual, output, scale, shift and, of kMoments, mean and invstd
 extern "C" const char* conv_fprop(const char* dtype, const int64_t* numbers, void** arrays,

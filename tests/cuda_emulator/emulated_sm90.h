@@ -216,26 +216,33 @@ void mma_wait() {
 template <int N>
 void hold(float (&)[N]) {}
 
-// Row `row` of an operand: 16 values from where its descriptor points to.
-template <typename T>
+// Row `row` of an operand: 16 values from where its descriptor points to. Transposed, it is a
+// column of boxes of 64 columns; the next box and the next eight rows are where the descriptor
+// says.
+template <typename T, bool kTransposed>
 void read_operand(uint64_t descriptor, int row, float* values) {
-  const uint32_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
+  const uint32_t start = field(0), next_box = field(16), eight_rows = field(32);
   if (descriptor >> 62 != 1) throw std::logic_error("not swizzled by 128 bytes");
-  const uint32_t first = start + row / 8 * eight_rows + row % 8 * 128;
-  for (int i = 0; i < 16; ++i) values[i] = widen(*reinterpret_cast<T*>(swizzled(first + 2 * i)));
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t at = kTransposed
+                            ? row / 64 * next_box + i / 8 * eight_rows + i % 8 * 128 + row % 64 * 2
+                            : row / 8 * eight_rows + row % 8 * 128 + 2 * i;
+    values[i] = widen(*reinterpret_cast<T*>(swizzled(start + at)));
+  }
 }
 
-template <typename T, int HALF>
+template <typename T, bool kTransposed, int HALF>
 void mma(float (&d)[HALF], uint64_t a, uint64_t b, int add) {
   const int thread = emulator::current % 128, row = thread / 32 * 16 + thread % 32 / 4;
   float* sums = d;
   groups_of_this_thread().back().push_back([=] {
     float rows[2][16], column[16];
-    read_operand<T>(a, row, rows[0]);
-    read_operand<T>(a, row + 8, rows[1]);
+    read_operand<T, kTransposed>(a, row, rows[0]);
+    read_operand<T, kTransposed>(a, row + 8, rows[1]);
     for (int j = 0; j < HALF / 4; ++j) {
       for (int e = 0; e < 2; ++e) {
-        read_operand<T>(b, 8 * j + thread % 4 * 2 + e, column);
+        read_operand<T, kTransposed>(b, 8 * j + thread % 4 * 2 + e, column);
         for (int h = 0; h < 2; ++h) {
           float& sum = sums[4 * j + 2 * h + e];
           float product = 0;

@@ -1,0 +1,55 @@
+// What the convolutions for sm_90a share: a ring of stages in shared memory, filled by one thread
+// through the tensor memory accelerator and emptied by two warpgroups that multiply.
+#pragma once
+
+#include "sm90.cuh"
+
+namespace fastres::cuda {
+
+constexpr int kConvThreads = 384;
+
+// A position in the ring: the stage, and the parity of its present use.
+struct Stage {
+  int index = 0, parity = 0;
+
+  template <int kStages>
+  __device__ void advance() {
+    if (++index == kStages) index = 0, parity ^= 1;
+  }
+};
+
+// A stage is full when its bytes are there, empty when the eight warps are done with it.
+template <int kStages>
+__device__ void init_ring(uint64_t* full, uint64_t* empty) {
+  for (int i = 0; i < kStages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], 8);
+}
+
+// sum = the products of `steps` stages, 64 of the inner dimension each, one warpgroup's rows.
+// a(stage) and b(stage) describe the operands. A product's 16 of the inner dimension are 32 bytes
+// of a row or, transposed, 16 rows of 128 bytes.
+template <typename T, bool kTransposed, int kStages, int HALF, typename A, typename B>
+__device__ void multiply(uint64_t* full, uint64_t* empty, float (&sum)[HALF], Stage& stage,
+                         int steps, int lane, A a, B b) {
+  constexpr int kAdvance = (kTransposed ? 16 * 128 : 32) >> 4;
+  int previous = -1;
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(&full[stage.index], stage.parity);
+    const uint64_t left = a(stage.index), right = b(stage.index);
+    hold(sum);
+    mma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      mma<T, kTransposed>(sum, left + kAdvance * i, right + kAdvance * i, step | i);
+    }
+    mma_commit();
+    mma_wait<1>();
+    if (previous >= 0 && lane == 0) barrier_arrive(&empty[previous]);
+    previous = stage.index;
+    stage.advance<kStages>();
+  }
+  mma_wait<0>();
+  hold(sum);
+  if (lane == 0) barrier_arrive(&empty[previous]);
+}
+
+}  // namespace fastres::cuda
