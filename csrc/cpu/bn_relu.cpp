@@ -4,6 +4,7 @@
 
 #include "bn_relu_driver.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -169,7 +170,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
   const auto format = output_format(input);
   const auto x = input.contiguous(format);
   const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
-  auto output = empty_in(input, format);
+  auto output = empty_output(input, format);
   Geometry g(x);
   g.will_write(output.const_data_ptr());
   const auto statistics = input.options().dtype(accumulate_dtype(input.scalar_type()));

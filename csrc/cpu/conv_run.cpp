@@ -7,21 +7,10 @@
 #include <atomic>
 
 #include "conv_kernels.h"
+#include "conv_scratch.h"
 #include "memory.h"
 
 namespace fastres::cpu {
-namespace {
-
-int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, int64_t rows) {
-  const int64_t panel = conv_panel();
-  if (const int64_t m = winograd_tile(algorithm)) {
-    const int64_t positions = WinogradGrid(shape, m).positions();
-    return positions * (rows * (round_up(shape.c, kChunk) + panel) + 2 * kPositionSkew);
-  }
-  return (rows + 1) * round_up(shape.taps() * shape.c, kChunk) + kChunk;
-}
-
-}  // namespace
 
 int64_t conv_panel() {
   static const int64_t panel = FASTRES_SELECT_KERNELS(direct_conv_kernel, float).panel;
@@ -33,7 +22,7 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
   static const auto direct = FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
   static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
-  const int64_t values = scratch_values(shape, algorithm, jobs.block_rows());
+  const int64_t values = scratch_values(shape, algorithm, jobs.block_rows(), direct.panel);
   std::atomic<bool> finite{true};
   at::parallel_for(0, jobs.count(), 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;
