@@ -12,13 +12,15 @@ LINTED := setup.py fastres kernels tests bench
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu clean distclean
+.PHONY: help setup demo test lint format bench bench-networks sanitize gpu clean distclean
 
 help:
 	@echo "make demo    set up, convert torchvision's resnet50, compare it with eager and torch.compile"
 	@echo "make test    set up and run the tests"
 	@echo "make lint    ruff and clang-format, checking only (make format: rewriting)"
 	@echo "make bench   the benchmarks, into bench/results/<device>/ (K='bn_relu and 7x7': some, into $(BUILD)/bench)"
+	@echo "make bench-networks   more networks, sizes and batches in inference, first calls and memory (K= selects)"
+	@echo "make sanitize   the CPU's convolutions and memory under g++'s sanitizers, and valgrind if it is there"
 	@echo "make gpu     on a machine with a GPU: build, tests, ceilings, benchmarks, sanitizer, within 9 minutes,"
 	@echo "             into bench/results/<device>/ (S=ceilings,convolutions: some sections)"
 	@echo "make setup   only set up: $(VENV), pinned dependencies, the extension"
@@ -66,8 +68,16 @@ format: $(VENV)/.requirements
 K ?=
 bench: setup
 	@mkdir -p $(BUILD)/bench
-	$(BIN)/pytest bench/ --benchmark-json=$(BUILD)/bench/raw.json $(if $(K),-k "$(K)")
+	$(BIN)/pytest bench/ --ignore=bench/bench_networks.py --benchmark-json=$(BUILD)/bench/raw.json $(if $(K),-k "$(K)")
 	$(BIN)/python bench/report.py $(BUILD)/bench/raw.json --out $(if $(K),$(BUILD)/bench,bench/results)
+
+bench-networks: setup
+	@mkdir -p $(BUILD)/bench
+	$(BIN)/pytest bench/bench_networks.py --benchmark-json=$(BUILD)/bench/networks.json $(if $(K),-k "$(K)")
+	$(BIN)/python bench/report.py $(BUILD)/bench/networks.json --name networks --out $(if $(K),$(BUILD)/bench,bench/results)
+
+sanitize: $(VENV)/.requirements
+	$(MAKE) -C tests/native
 
 # Sets up nothing and needs no network: the machine has its own PyTorch and Triton.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

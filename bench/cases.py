@@ -33,6 +33,7 @@ class Case:
             an SGD step instead of forward and backward.
         traffic: elements that must move between memory and the processor at least; None leaves the
             case out of the roofline.
+        threads: how many the case runs on; None for PyTorch's choice.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     autocast: bool = False
     model: bool = False
     traffic: int | None = None
+    threads: int | None = None
 
 
 def short(dtype: torch.dtype) -> str:

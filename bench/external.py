@@ -3,10 +3,21 @@
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+
+def openvino_file(module: nn.Module, path: Path) -> Path:
+    """The module as OpenVINO's file, for float32 images of 224x224, batch 1."""
+    runtime = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    images = torch.zeros(1, 3, 224, 224)
+    model = runtime.convert_model(module, example_input=images)
+    model.reshape(list(images.shape))
+    runtime.save_model(model, path, compress_to_fp16=False)
+    return path
 
 
 def openvino(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Callable:

@@ -5,6 +5,7 @@ last is pytest-benchmark's time; ratios are taken within the rounds. Before anyt
 outputs, and in training the gradients, are checked against an fp64 run.
 """
 
+import contextlib
 import copy
 import functools
 import time
@@ -196,6 +197,16 @@ def skip_unless_available(provider: str) -> None:
         pytest.skip(f"{name} serves GPUs; these benchmarks measure the CPU")
 
 
+@contextlib.contextmanager
+def on_threads(count: int | None):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class Comparison:
     """One test: ``case`` under ``provider``, timed by pytest-benchmark's fixture."""
@@ -211,6 +222,7 @@ class Comparison:
         with (
             fastres.backend("cpu" if served else "eager"),
             torch.set_grad_enabled(self.case.train),
+            on_threads(self.case.threads),
         ):
             self._run(prepare(self.case))
 

@@ -23,6 +23,8 @@ def draw(results: dict, folder: Path) -> list[str]:
     """Write the plots into ``folder``; returns their names."""
     families: dict[str, list[dict]] = {}
     for entry in results["benchmarks"]:
+        if "ratio" not in entry:
+            continue
         families.setdefault(entry["family"], []).append(entry)
     names = [bars(family, entries, folder) for family, entries in families.items()]
     names += roofline(results, folder)
@@ -71,7 +73,7 @@ def roofline(results: dict, folder: Path) -> list[str]:
     operators against the bandwidth of a copy. Bytes are those that must move at least, so maps
     that stay in a cache may lie above the line."""
     ceilings = results["machine"]["ceilings"]
-    entries = [entry for entry in results["benchmarks"] if entry["bytes"]]
+    entries = [entry for entry in results["benchmarks"] if entry.get("bytes")]
     names = []
     arithmetic = [entry for entry in entries if entry["flops"]]
     if arithmetic:

@@ -37,6 +37,7 @@ medians over interleaved rounds. The column *eager* times eager against itself: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--name", default="results", help="of the files, results.md by default")
     parser.add_argument("--out", type=Path, required=True, help="the folder of devices' folders")
     options = parser.parse_args()
     try:
@@ -49,10 +50,12 @@ def main() -> int:
     folder = options.out / slug(results["machine"])
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
-    (folder / "benchmark.json").write_text(text + "\n")
+    data = "benchmark" if options.name == "results" else options.name
+    (folder / f"{data}.json").write_text(text + "\n")
     images = plots.draw(results, folder)
-    (folder / "results.md").write_text(markdown(results, images))
-    print(f"{len(results['benchmarks'])} benchmarks: {folder / 'results.md'}")
+    page = folder / f"{options.name}.md"
+    page.write_text(markdown(results, images))
+    print(f"{len(results['benchmarks'])} benchmarks: {page}")
     return 0
 
 
@@ -60,7 +63,7 @@ def condense(raw: dict) -> dict:
     """The figures without the per-round data, in the order of the run."""
     benchmarks = []
     for entry in raw["benchmarks"]:
-        if "ratio" not in entry["extra_info"]:
+        if not {"ratio", "resident_bytes"} & entry["extra_info"].keys():
             continue
         stats = {name: entry["stats"][name] for name in STATISTICS}
         benchmarks.append(_rounded(entry["extra_info"] | {"seconds": stats}))
@@ -102,17 +105,21 @@ def slug(machine: dict) -> str:
 
 
 def markdown(results: dict, images: list[str]) -> str:
+    timed = [entry for entry in results["benchmarks"] if "ratio" in entry]
+    started = [entry for entry in results["benchmarks"] if "resident_bytes" in entry]
     parts = [
         f"# Results: {slug(results['machine'])}",
         heading(results),
         "## Summary",
-        summary(results["benchmarks"]),
+        summary(timed),
         "## Slower than eager",
-        losses(results["benchmarks"]),
+        losses(timed),
         *(f"![{image}]({image})" for image in images),
     ]
-    for family, cases in by_family(results["benchmarks"]).items():
+    for family, cases in by_family(timed).items():
         parts += [f"## {family}", family_table(cases)]
+    if started:
+        parts += ["## First call and resident memory, batch 1, fp32", start_table(started)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,6 +186,16 @@ def family_table(cases: dict[str, dict[str, dict]]) -> str:
     return pipe_table(
         ("case", "eager ms", *providers, *(f"fastres over {name}" for name in against)), rows
     )
+
+
+def start_table(entries: list[dict]) -> str:
+    """What a process pays before its second call; see start.py."""
+    rows = [
+        (entry["case"], entry["provider"], f"{entry['first_call_seconds']:.2f}",
+         f"{entry['resident_bytes'] / 2**20:.0f}")
+        for entry in entries
+    ]  # fmt: skip
+    return pipe_table(("model", "provider", "first call, s", "resident MiB"), rows)
 
 
 def _cell(entry: dict | None, key: str) -> str:

@@ -5,7 +5,9 @@
 
 #include "cpu/capability.h"
 #include "cpu/conv_fold_cache.h"
+#include "cpu/conv_plan.h"
 #include "cpu/operators.h"
+#include "cpu/pooled.h"
 #include "cuda/info.h"
 #include "cuda/operators.h"
 #include "functional.h"
@@ -100,6 +102,26 @@ pybind11::list cuda_kernels() {
 }
 #endif
 
+pybind11::dict pool_info() {
+  const auto info = fastres::cpu::pool_info();
+  const auto usage = [](const fastres::cpu::Pool::Usage& u) {
+    pybind11::dict bytes;
+    bytes["in_use"] = u.in_use;
+    bytes["held"] = u.held;
+    bytes["peak"] = u.peak;
+    return bytes;
+  };
+  pybind11::dict pools;
+  pools["outputs"] = usage(info.outputs);
+  pools["filters"] = usage(info.filters);
+  return pools;
+}
+
+void clear_cache() {
+  fastres::cpu::clear_fold_cache();
+  fastres::cpu::release_pools();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -112,10 +134,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_bn_relu", &fastres::functional::conv_bn_relu, "See csrc/functional.h.");
   m.def("conv_by", &fastres::cpu::conv_by, "One convolution by a named algorithm.");
   m.def("conv_algorithm", &fastres::cpu::conv_algorithm, "What computes a convolution.");
+  m.def("limit_winograd_tile", &fastres::cpu::limit_winograd_tile,
+        "The largest tile of Winograd's convolutions; 0 for none of them.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");
 #if defined(FASTRES_CUDA)
   m.def("cuda_info", &cuda_info, "Versions and devices, as the CUDA part finds them.");
   m.def("cuda_kernels", &cuda_kernels, "Registers, memory, occupancy; see csrc/cuda/info.h.");
 #endif
-  m.def("clear_cache", &fastres::cpu::clear_fold_cache, "Drops the folded convolution weights.");
+  m.def("pool_info", &pool_info, "Bytes of outputs and packed filters; see csrc/cpu/pool.h.");
+  m.def("clear_cache", &clear_cache, "Drops folded weights and the memory kept for next calls.");
 }

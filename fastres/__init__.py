@@ -6,6 +6,7 @@
 from . import functional, models, nn, ops, reference
 from .backend import backend, backends
 from .convert import convert, revert, summary
+from .winograd import winograd
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,5 @@ __all__ = [
     "reference",
     "revert",
     "summary",
+    "winograd",
 ]

@@ -97,6 +97,20 @@ def test_report_names_what_is_slower_than_eager(raw, tmp_path):
     assert f"| 3 | {geometric:.2f} | 0.50 | 2.00 |" in text
 
 
+def test_report_of_first_calls_and_memory(raw, tmp_path):
+    raw = copy.deepcopy(raw)
+    entry = copy.deepcopy(raw["benchmarks"][0])
+    entry["extra_info"] = {
+        "family": "start", "case": "resnet50", "provider": "openvino",
+        "first_call_seconds": 0.357829, "resident_bytes": 260349952,
+    }  # fmt: skip
+    raw["benchmarks"].append(entry)
+    folder = report(raw, tmp_path)
+    section = (folder / "results.md").read_text().split("## First call and resident memory")[1]
+    assert "| resnet50 | openvino | 0.36 | 248 |" in section
+    assert not (folder / "start.png").exists()
+
+
 def test_report_without_measurements_says_so(tmp_path):
     file = tmp_path / "raw.json"
     file.write_text(json.dumps({"benchmarks": [], "machine_info": {}, "datetime": "2026-01-01"}))

@@ -152,6 +152,18 @@ def test_resnet20_on_cifar10(cifar10, threads):
     assert abs(accuracy(narrow, labels) - 91.73) <= 0.1
 
 
+@pytest.mark.parametrize("tile", ["auto", 4, 2, "off"])
+def test_logits_of_real_images(cifar10, threads, tile):
+    """The bound that the README states for every choice of fastres.winograd."""
+    threads(2)
+    model, images, _ = cifar10
+    images = images[:256]
+    truth = logits(copy.deepcopy(model).double(), images, torch.float64)
+    with fastres.winograd(tile):
+        ours = logits(fastres.convert(model, inplace=False), images)
+    assert (ours - truth).abs().max() < 4e-6 * truth.abs().max()
+
+
 def test_resnet20_keeps_learning_on_cifar10(cifar10, one_thread):
     """A few steps of fine-tuning in fp64 beside eager, on real images."""
     model, images, labels = cifar10

@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -19,7 +20,7 @@ at::Tensor add_relu(const at::Tensor& input, const at::Tensor& residual) {
   check_like(residual, "residual", input, "input");
   const auto format = output_format(input);
   const auto a = input.contiguous(format), b = residual.contiguous(format);
-  auto output = empty_in(input, format);
+  auto output = empty_output(input, format);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "add_relu", [&] {
     static const auto kernels = FASTRES_SELECT_KERNELS(add_relu_kernels, scalar_t);
     const auto* pa = a.const_data_ptr<scalar_t>();
@@ -37,7 +38,7 @@ at::Tensor add_relu_backward(const at::Tensor& grad_output, const at::Tensor& ou
   check_like(grad_output, "grad_output", output, "output");
   const auto format = output_format(output);
   const auto g = grad_output.contiguous(format), y = output.contiguous(format);
-  auto grad = empty_in(output, format);
+  auto grad = empty_output(output, format);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, output.scalar_type(), "add_relu_backward", [&] {
         static const auto kernels = FASTRES_SELECT_KERNELS(add_relu_kernels, scalar_t);

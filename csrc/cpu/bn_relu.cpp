@@ -5,6 +5,7 @@
 #include "../bn_relu_checks.h"
 #include "bn_relu_driver.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -166,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
                       !input.is_contiguous(format) && row_stride(input);
   const auto x = sliced ? input : input.contiguous(format);
   const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
-  auto output = empty_in(input, format);
+  auto output = empty_output(input, format);
   Geometry g(x);
   g.will_write(output.const_data_ptr());
   g.stream = g.stream && !sliced;  // rows are written one by one, and each would end in a fence

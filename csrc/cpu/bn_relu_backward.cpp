@@ -1,6 +1,7 @@
 #include "../bn_relu_checks.h"
 #include "bn_relu_driver.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -146,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
   Geometry g(x);
   const auto statistics = input.options().dtype(accumulate_dtype(input.scalar_type()));
   const auto activation = [&](bool want) {
-    return want ? empty_in(input, format) : at::empty({0}, input.options());
+    return want ? empty_output(input, format) : at::empty({0}, input.options());
   };
   const auto per_channel = [&] {
     return at::empty({wanted.parameters ? g.channels : 0}, statistics);

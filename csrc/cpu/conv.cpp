@@ -3,7 +3,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include <string>
@@ -16,6 +15,7 @@
 #include "conv_run.h"
 #include "memory.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -102,7 +102,7 @@ at::Tensor as_maps(const at::Tensor& matrix, int64_t n, int64_t h, int64_t w) {
 }
 
 at::Tensor empty_last(at::IntArrayRef size, const at::Tensor& like) {
-  return at::empty(size, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return empty_output(size, like.scalar_type(), at::MemoryFormat::ChannelsLast);
 }
 
 // ATen brings the weights to the activations' memory format in every call. Where the weights are

@@ -5,7 +5,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/conv2d.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isnan.h>
 #include <ATen/ops/relu.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -17,6 +16,7 @@
 #include "conv_run.h"
 #include "invalid_flag.h"
 #include "operators.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -126,8 +126,8 @@ at::Tensor convolve_own(const at::Tensor& input, const OptionalTensor& residual,
                         ConvAlgorithm algorithm, bool relu) {
   const auto x = in_channels_last(input);
   const auto r = given(residual) ? OptionalTensor(in_channels_last(*residual)) : std::nullopt;
-  const auto y = at::empty(output_size(x, c.weight, c.geometry),
-                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const auto y = empty_output(output_size(x, c.weight, c.geometry), x.scalar_type(),
+                              at::MemoryFormat::ChannelsLast);
   switch (x.scalar_type()) {
     case at::kBFloat16:
       run_own<c10::BFloat16>(x, r, c, algorithm, relu, y);

@@ -2,7 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/rsqrt.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 #include "../checks.h"
 #include "conv_pack.h"
-#include "memory.h"
+#include "pooled.h"
 
 namespace fastres::cpu {
 namespace {
@@ -28,35 +28,48 @@ constexpr size_t kEntries = 4;  // uses of one weight: other BNs, geometries, dt
 using Size = std::array<int64_t, 4>;
 
 // W' = W * s and b' = (b - mean) * s + beta with s = gamma / sqrt(var + eps), rounded once.
-FoldedConv fold(const ConvBn& c) {
-  const auto wide = accumulate_dtype(c.dtype);
-  const auto widen = [&](const at::Tensor& t) { return t.to(wide); };
-  auto scale = at::rsqrt(widen(c.running_var).add(c.eps));
-  if (given(c.bn_weight)) scale = scale.mul(widen(*c.bn_weight));
-  const auto mean = widen(c.running_mean);
-  auto bias = (given(c.bias) ? widen(*c.bias).sub(mean) : mean.neg()).mul(scale);
-  if (given(c.bn_bias)) bias = bias.add(widen(*c.bn_bias));
+class Fold {
+ public:
+  explicit Fold(const ConvBn& c) : c_(c), scale_(at::rsqrt(widen(c.running_var).add(c.eps))) {
+    if (given(c.bn_weight)) scale_ = scale_.mul(widen(*c.bn_weight));
+  }
+
+  at::Tensor bias() const {
+    const auto mean = widen(c_.running_mean);
+    auto bias = (given(c_.bias) ? widen(*c_.bias).sub(mean) : mean.neg()).mul(scale_);
+    if (given(c_.bn_bias)) bias = bias.add(widen(*c_.bn_bias));
+    return bias.to(c_.dtype);
+  }
+
   // Copied rather than made contiguous(), which leaves a 1x1 filter with strides of either format.
-  const auto weight =
-      at::empty(c.weight.sizes(),
-                c.weight.options().dtype(c.dtype).memory_format(at::MemoryFormat::ChannelsLast));
-  weight.copy_(widen(c.weight).mul(scale.view({-1, 1, 1, 1})));
-  return {weight, bias.to(c.dtype)};
-}
+  at::Tensor dense() const {
+    const auto weight = at::empty(
+        c_.weight.sizes(),
+        c_.weight.options().dtype(c_.dtype).memory_format(at::MemoryFormat::ChannelsLast));
+    weight.copy_(widen(c_.weight).mul(per_filter()));
+    return weight;
+  }
 
-at::Tensor pack_own(const at::Tensor& weight, ConvAlgorithm algorithm) {
-  const auto filters = filters_of(weight);
-  const int64_t values = packed_values(filters, algorithm);
-  auto memory = allocate(values);
-  pack_filters(filters, algorithm, memory.get());
-  return at::from_blob(
-      memory.release(), {values}, [](void* p) { Free()(static_cast<float*>(p)); },
-      weight.options());
-}
+  // The project's own packing reads any layout: what it reads lies in memory used again and again.
+  at::Tensor packed(ConvAlgorithm algorithm) const {
+    auto weight = empty_output(c_.weight.sizes(), at::kFloat, output_format(c_.weight));
+    at::mul_out(weight, c_.weight, per_filter());
+    const auto filters = filters_of(weight);
+    const auto packed = empty_filters(packed_values(filters, algorithm));
+    pack_filters(filters, algorithm, packed.mutable_data_ptr<float>());
+    return packed;
+  }
 
-at::Tensor pack(const at::Tensor& weight, const ConvGeometry& g, ConvAlgorithm algorithm,
-                const Size& input_size) {
-  if (is_own(algorithm)) return pack_own(weight, algorithm);
+ private:
+  at::Tensor widen(const at::Tensor& t) const { return t.to(accumulate_dtype(c_.dtype)); }
+  at::Tensor per_filter() const { return scale_.view({-1, 1, 1, 1}); }
+
+  const ConvBn& c_;
+  at::Tensor scale_;
+};
+
+at::Tensor pack_for_onednn(const at::Tensor& weight, const ConvGeometry& g,
+                           const Size& input_size) {
   using Signature = at::Tensor(const at::Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
                                int64_t, at::OptionalIntArrayRef);
   static const auto op = c10::Dispatcher::singleton()
@@ -138,7 +151,7 @@ struct Entry {
   double eps;
   at::ScalarType dtype, weight_dtype;
   std::string values;
-  at::Tensor dense, bias;  // dense is dropped once there is a pack
+  at::Tensor dense, bias;  // dense is made when it is asked for, dropped once there is a pack
   std::vector<Pack> packs;
 
   explicit Entry(const ConvBn& c)
@@ -151,13 +164,11 @@ struct Entry {
         geometry(c.geometry),
         eps(c.eps),
         dtype(c.dtype),
-        weight_dtype(c.weight.scalar_type()) {
+        weight_dtype(c.weight.scalar_type()),
+        bias(Fold(c).bias()) {
     visit_values(c, [&](const void* p, int64_t n) {
       values.append(static_cast<const char*>(p), static_cast<size_t>(n));
     });
-    auto folded = fold(c);
-    dense = std::move(folded.weight);
-    bias = std::move(folded.bias);
   }
 
   static std::optional<uint32_t> version_of(const at::Tensor& t) {
@@ -210,7 +221,7 @@ class FoldCache {
       add_entry(c, entry);
     }
     if (algorithm == ConvAlgorithm::kAten) {
-      if (!entry->dense.defined()) entry->dense = fold(c).weight;
+      if (!entry->dense.defined()) entry->dense = Fold(c).dense();
       return {entry->dense, entry->bias};
     }
     const auto* known = find_pack(*entry, algorithm, input_size);
@@ -219,9 +230,14 @@ class FoldCache {
     if (known == nullptr) add_pack(*entry, algorithm, input_size);
     auto dense = entry->dense;
     lock.unlock();
-    if (!dense.defined()) dense = fold(c).weight;
-    if (wait) return {dense, entry->bias};
-    const auto made = pack(dense, c.geometry, algorithm, input_size);
+    if (!dense.defined() && !is_own(algorithm)) dense = Fold(c).dense();
+    if (wait) {
+      lock.lock();
+      entry->dense = dense;
+      return {dense, entry->bias};
+    }
+    const auto made = is_own(algorithm) ? Fold(c).packed(algorithm)
+                                        : pack_for_onednn(dense, c.geometry, input_size);
     lock.lock();
     if (auto* pack = find_pack(*entry, algorithm, input_size)) {
       pack->weight = made;
@@ -267,9 +283,8 @@ class FoldCache {
 
   // Folded for this call only.
   static FoldedConv unkept(const ConvBn& c, ConvAlgorithm algorithm) {
-    auto folded = fold(c);
-    if (is_own(algorithm)) folded.weight = pack_own(folded.weight, algorithm);
-    return folded;
+    const Fold fold(c);
+    return {is_own(algorithm) ? fold.packed(algorithm) : fold.dense(), fold.bias()};
   }
 
   void add_entry(const ConvBn& c, const std::shared_ptr<Entry>& entry) {

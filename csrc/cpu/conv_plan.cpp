@@ -1,6 +1,8 @@
 #include "conv_plan.h"
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 
 #include "capability.h"
 
@@ -20,6 +22,8 @@ constexpr double kMultiplyAdds = 32;       // a cycle
 constexpr double kBytes = 7;               // a cycle, of weights that are in no cache of the core
 constexpr double kTransformCycles = 0.25;  // a value of a transformed tile, in or out
 constexpr double kPackCycles = 3;          // a value of Winograd's filters
+
+std::atomic<int64_t> largest_tile{std::numeric_limits<int64_t>::max()};
 
 struct Work {
   int64_t rows, depth, positions;  // of the product: positions x (rows x depth x K)
@@ -70,12 +74,18 @@ bool is_winograd_shape(const ConvShape& shape) {
   return shape.r == 3 && shape.s == 3 && shape.stride == kOnes && shape.dilation == kOnes;
 }
 
+void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
+
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
   if (capability() == Capability::kDefault) return kOneDnn;
   const bool bf16 = choice.bf16 && shape.c % 2 == 0;
-  if (is_winograd_shape(shape)) {
-    const auto cost = [&](ConvAlgorithm a) { return cycles(shape, a, choice); };
+  const int64_t largest = largest_tile.load(std::memory_order_relaxed);
+  if (is_winograd_shape(shape) && largest > 0) {
+    const auto cost = [&](ConvAlgorithm a) {
+      if (winograd_tile(a) > largest) return std::numeric_limits<double>::infinity();
+      return cycles(shape, a, choice);
+    };
     return std::min({bf16 ? kDirectBf16 : kDirect, kWinograd2, kWinograd4},
                     [&](auto a, auto b) { return cost(a) < cost(b); });
   }

@@ -30,6 +30,10 @@ struct ConvChoice {
   bool bf16;      // kDirectBf16 is an alternative
 };
 
+// The largest tile that Winograd may use, for the whole process: larger ones save more work and
+// round more. 0 for none of them; without a limit at first.
+void limit_winograd_tile(int64_t pixels);
+
 // The fastest by a model of the work and of the traffic of weights.
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice);
 

@@ -8,20 +8,11 @@
 #include <type_traits>
 
 #include "conv_kernels.h"
+#include "conv_scratch.h"
 #include "memory.h"
 
 namespace fastres::cpu {
 namespace {
-
-int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, int64_t rows) {
-  const int64_t panel = conv_panel();
-  if (const int64_t m = winograd_tile(algorithm)) {
-    const int64_t positions = WinogradGrid(shape, m).positions();
-    return positions * (rows * (round_up(shape.c, kChunk) + panel) + 2 * kPositionSkew);
-  }
-  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
-  return (rows + 1) * round_up(shape.taps() * c, kChunk) + kChunk;
-}
 
 template <typename T>
 DirectConvKernel<T> direct_kernel([[maybe_unused]] ConvAlgorithm algorithm) {
@@ -45,7 +36,7 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
   const auto direct = direct_kernel<T>(algorithm);
   static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
-  const int64_t values = scratch_values(shape, algorithm, jobs.block_rows());
+  const int64_t values = scratch_values(shape, algorithm, jobs.block_rows(), direct.panel);
   std::atomic<bool> finite{true};
   at::parallel_for(0, jobs.count(), 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch own;

@@ -1,0 +1,103 @@
+#include "pool.h"
+
+#include "memory.h"
+
+namespace fastres::cpu {
+namespace {
+
+constexpr size_t kGrain = 4096;
+
+constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+}  // namespace
+
+size_t Pool::limit(size_t in_use) const {
+  return std::max(2 * std::max(peak_.bytes(), in_use), kHugePage);
+}
+
+Pool::Block* Pool::take(size_t wanted) {
+  const size_t bytes = rounded(std::max(wanted, size_t{1}), kGrain);
+  const std::lock_guard lock(mutex_);
+  const auto fits = free_.lower_bound({bytes, nullptr});
+  Block* const block = fits != free_.end() ? fits->second : grow(bytes);
+  if (block == nullptr) return nullptr;
+  erase(block);
+  split(block, bytes);
+  block->free = false;
+  in_use_ += bytes;
+  peak_.note(in_use_);
+  return block;
+}
+
+void Pool::give(Block* block) {
+  const std::lock_guard lock(mutex_);
+  in_use_ -= block->bytes;
+  block->free = true;
+  if (Block* const after = block->after; after != nullptr && after->free) {
+    erase(after);
+    join(block, after);
+  }
+  if (Block* const before = block->before; before != nullptr && before->free) {
+    erase(before);
+    join(before, block);
+    block = before;
+  }
+  insert(block);
+  trim(limit(in_use_));
+}
+
+void Pool::release() {
+  const std::lock_guard lock(mutex_);
+  trim(0);
+}
+
+Pool::Usage Pool::usage() {
+  const std::lock_guard lock(mutex_);
+  return {in_use_, held_, peak_.bytes()};
+}
+
+// A free block of at least `bytes`, an arena of its own.
+Pool::Block* Pool::grow(size_t bytes) {
+  const size_t arena = rounded(bytes, kHugePage), most = limit(in_use_ + bytes);
+  if (arena > most) return nullptr;
+  trim(most - arena);
+  if (held_ + arena > most) return nullptr;
+  auto block = std::make_unique<Block>(Block{this, nullptr, arena, true, nullptr, nullptr});
+  block->address = static_cast<char*>(map_pages(arena));
+  if (block->address == nullptr) return nullptr;
+  insert(block.get());
+  held_ += arena;
+  return block.release();
+}
+
+// Leaves what is over of a block that is in nobody's hands as a free block behind it.
+void Pool::split(Block* block, size_t bytes) {
+  if (block->bytes == bytes) return;
+  auto* const rest =
+      new Block{this, block->address + bytes, block->bytes - bytes, true, block, block->after};
+  if (rest->after != nullptr) rest->after->before = rest;
+  block->after = rest;
+  block->bytes = bytes;
+  insert(rest);
+}
+
+void Pool::join(Block* block, Block* after) {
+  block->bytes += after->bytes;
+  block->after = after->after;
+  if (block->after != nullptr) block->after->before = block;
+  delete after;
+}
+
+// Unmaps arenas without a block in use, the largest first, until no more than `limit` is held.
+void Pool::trim(size_t limit) {
+  for (auto it = free_.end(); held_ > limit && it != free_.begin();) {
+    Block* const block = (--it)->second;
+    if (block->before != nullptr || block->after != nullptr) continue;
+    unmap_pages(block->address, block->bytes);
+    held_ -= block->bytes;
+    it = free_.erase(it);
+    delete block;
+  }
+}
+
+}  // namespace fastres::cpu
