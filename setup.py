@@ -29,6 +29,8 @@ X86_FLAGS = {
 }
 # GCC 12 sees uninitialised values in its own AVX-512 header (GCC bug 105593).
 X86_FLAGS["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Without vectors oneDNN computes every convolution.
+VECTOR_KERNELS = "conv_*_kernel.cpp"
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 
@@ -180,13 +182,12 @@ def make_build_ext(torch):
     class Build(BuildExtension):
         def build_extension(self, ext):
             isas = X86_FLAGS if is_x86() else {"DEFAULT": []}
-            kernels = [
-                str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp"))
-            ]
+            files = sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp"))
             for isa, flags in isas.items():
                 print(f"fastres: CPU kernels for {isa}", flush=True)
+                served = [f for f in files if isa != "DEFAULT" or not f.match(VECTOR_KERNELS)]
                 ext.extra_objects += self.compiler.compile(
-                    kernels,
+                    [str(file.relative_to(ROOT)) for file in served],
                     output_dir=str(Path(self.build_temp) / isa),
                     include_dirs=ext.include_dirs,
                     extra_postargs=ext.extra_compile_args

@@ -17,6 +17,9 @@ Capability capability();
 // do their work at float32's rate.
 bool bfloat16_is_faster();
 
+// Of float32, that a core can begin in a cycle.
+double multiply_adds();
+
 std::string capability_name();
 std::vector<std::string> compiled_capabilities();
 
@@ -39,6 +42,11 @@ std::vector<std::string> compiled_capabilities();
   (::fastres::cpu::capability() == Capability::kAvx512 ? AVX512::getter<T>() \
    : ::fastres::cpu::capability() == Capability::kAvx2 ? AVX2::getter<T>()   \
                                                        : DEFAULT::getter<T>())
+// Of kernels that are nothing without vectors (setup.py: VECTOR_KERNELS): an empty table then.
+#define FASTRES_SELECT_VECTOR_KERNELS(getter, T)                             \
+  (::fastres::cpu::capability() == Capability::kAvx512 ? AVX512::getter<T>() \
+   : ::fastres::cpu::capability() == Capability::kAvx2 ? AVX2::getter<T>()   \
+                                                       : decltype(AVX2::getter<T>()){})
 #else
 #define FASTRES_DECLARE_KERNELS(Table, getter) \
   namespace DEFAULT {                          \
@@ -46,6 +54,8 @@ std::vector<std::string> compiled_capabilities();
   Table<T> getter();                           \
   }
 #define FASTRES_SELECT_KERNELS(getter, T) DEFAULT::getter<T>()
+#define FASTRES_SELECT_VECTOR_KERNELS(getter, T) \
+  decltype(DEFAULT::getter<T>()) {}
 #endif
 
 }  // namespace fastres::cpu

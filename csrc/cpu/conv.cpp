@@ -45,7 +45,7 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   }
   if (dtype != at::kFloat) return kAten;
   const auto algorithm = choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true});
-  return winograd_tile(algorithm) == 0 ? kAten : algorithm;
+  return is_winograd(algorithm) ? algorithm : kAten;
 }
 
 template <typename T>
@@ -192,14 +192,15 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
   const auto shape = shape_of(input, weight, g);
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  for (const auto a : {kDirect, kWinograd2, kWinograd4}) {
+  for (const auto a : {kDirect, kWinograd2, kWinograd4, kPolyphase}) {
     if (algorithm != name_of(a)) continue;
-    TORCH_CHECK_VALUE(a == kDirect || is_winograd_shape(shape),
-                      "algorithm: Winograd computes 3x3 filters of stride 1, not this convolution");
+    TORCH_CHECK_VALUE(can_compute(a, shape), "algorithm: ", algorithm,
+                      " does not compute this convolution");
     TORCH_CHECK(run(input, filters_of(wide), bias, shape, a, y), "input: a sum was not finite");
     return y;
   }
-  TORCH_CHECK_VALUE(false, "algorithm: expected direct, winograd2 or winograd4, got ", algorithm);
+  TORCH_CHECK_VALUE(false, "algorithm: expected direct, winograd2, winograd4 or polyphase, got ",
+                    algorithm);
 }
 
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,

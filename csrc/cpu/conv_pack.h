@@ -1,7 +1,8 @@
 // Filters as the project's own convolutions read them: [panel][...][channel][panel's outputs], the
 // last panel and the last chunk of input channels filled with zeros.
 //   direct: [K / panel][(R * S * C) rounded up to 16][panel]
-//   F(m, 3): [K / panel][(m + 2)^2][C rounded up to 16][panel], G g G^T of every filter g
+//   F(m, r): [K / panel][(m + r - 1)^2][C rounded up to 16][panel], G g G^T of every filter g; at
+//   stride 2 the channels of all phases, see WinogradForm
 #pragma once
 
 #include <ATen/core/Tensor.h>

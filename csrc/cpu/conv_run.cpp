@@ -14,24 +14,32 @@ namespace {
 
 int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, int64_t rows) {
   const int64_t panel = conv_panel();
-  if (const int64_t m = winograd_tile(algorithm)) {
-    const int64_t positions = WinogradGrid(shape, m).positions();
-    return positions * (rows * (round_up(shape.c, kChunk) + panel) + 2 * kPositionSkew);
+  if (is_winograd(algorithm)) {
+    const auto form = winograd_form(algorithm, shape.r);
+    return form.positions() * (form.rows_stride(shape.c, rows) + rows * panel + kPositionSkew);
   }
   return (rows + 1) * round_up(shape.taps() * shape.c, kChunk) + kChunk;
+}
+
+template <typename T>
+WinogradJob<T>* winograd_job(ConvAlgorithm algorithm, const ConvShape& shape) {
+  static const auto winograd = FASTRES_SELECT_VECTOR_KERNELS(winograd_kernels, T);
+  static const auto polyphase = FASTRES_SELECT_VECTOR_KERNELS(polyphase_kernels, T);
+  if (algorithm == ConvAlgorithm::kPolyphase) return shape.r == 3 ? polyphase.of3 : polyphase.of7;
+  return algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
 }
 
 }  // namespace
 
 int64_t conv_panel() {
-  static const int64_t panel = FASTRES_SELECT_KERNELS(direct_conv_kernel, float).panel;
+  static const int64_t panel = FASTRES_SELECT_VECTOR_KERNELS(direct_conv_kernel, float).panel;
   return panel;
 }
 
 template <typename T>
 bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands) {
-  static const auto direct = FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
-  static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
+  static const auto direct = FASTRES_SELECT_VECTOR_KERNELS(direct_conv_kernel, T);
+  WinogradJob<T>* const winograd = winograd_job<T>(algorithm, shape);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
   const int64_t values = scratch_values(shape, algorithm, jobs.block_rows());
   std::atomic<bool> finite{true};
@@ -44,8 +52,7 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
         direct.run(shape, operands, rows, panels, scratch);
         continue;
       }
-      const auto run = algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
-      if (!run(shape, operands, rows, panels, scratch)) {
+      if (!winograd(shape, operands, rows, panels, scratch)) {
         finite.store(false, std::memory_order_relaxed);
       }
     }
