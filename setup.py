@@ -29,9 +29,8 @@ X86_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-# The same once more, for a few kernels, with the products of bfloat16.
+# The same once more, with the products of bfloat16.
 X86_FLAGS["AVX512_BF16"] = [*X86_FLAGS["AVX512"], "-mavx512bf16", "-DCPU_CAPABILITY_AVX512"]
-X86_KERNELS = {"AVX512_BF16": ["csrc/cpu/conv_direct_kernel.cpp"]}
 # GCC 12 sees uninitialised values in its own AVX-512 header (GCC bug 105593).
 for isa in ("AVX512", "AVX512_BF16"):
     X86_FLAGS[isa] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -187,6 +186,13 @@ def cudart_directory(nvcc: Path) -> str:
 # --- the extension --------------------------------------------------------------------------------
 
 
+def is_built_for(isa: str, kernel: str) -> bool:
+    """Without vectors oneDNN computes every convolution; of bfloat16 there is one kernel's product."""
+    if isa == "AVX512_BF16":
+        return kernel == "conv_direct_kernel.cpp"
+    return isa != "DEFAULT" or not kernel.startswith("conv_")
+
+
 def make_build_ext(torch):
     """BuildExtension that compiles csrc/cpu/*_kernel.cpp once per instruction set."""
     from torch.utils.cpp_extension import BuildExtension
@@ -194,13 +200,12 @@ def make_build_ext(torch):
     class Build(BuildExtension):
         def build_extension(self, ext):
             isas = X86_FLAGS if is_x86() else {"DEFAULT": []}
-            kernels = [
-                str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp"))
-            ]
+            files = sorted((ROOT / "csrc/cpu").glob("*_kernel.cpp"))
             for isa, flags in isas.items():
                 print(f"fastres: CPU kernels for {isa}", flush=True)
+                served = [file for file in files if is_built_for(isa, file.name)]
                 ext.extra_objects += self.compiler.compile(
-                    X86_KERNELS.get(isa, kernels),
+                    [str(file.relative_to(ROOT)) for file in served],
                     output_dir=str(Path(self.build_temp) / isa),
                     include_dirs=ext.include_dirs,
                     extra_postargs=ext.extra_compile_args

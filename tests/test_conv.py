@@ -25,12 +25,20 @@ WINOGRAD_SHAPES = [
     (1, 8, 6, 6, 70, 3, 1, 2, 1),
     (1, 512, 7, 7, 32, 3, 1, 1, 1),
 ]
+POLYPHASE_SHAPES = [
+    (2, 32, 12, 12, 40, 3, 2, 1, 1),
+    (1, 17, 19, 11, 33, 3, 2, 1, 1),  # odd sizes, channels fill no vector
+    (1, 4, 21, 23, 70, 3, 2, 0, 1),  # four phases of four channels fill one chunk
+    (3, 1, 8, 3, 1, 3, 2, 2, 1),
+    (2, 3, 13, 11, 5, 7, 2, 3, 1),
+    (1, 3, 32, 30, 64, 7, 2, 3, 1),
+    (1, 20, 16, 9, 16, 7, 2, 2, 1),
+]
 SHAPES = [
     *WINOGRAD_SHAPES,
-    (2, 3, 13, 11, 5, 7, 2, 3, 1),
+    *POLYPHASE_SHAPES,
     (1, 64, 7, 7, 48, 1, 1, 0, 1),
     (3, 40, 15, 9, 35, 1, 2, 0, 1),
-    (2, 32, 12, 12, 40, 3, 2, 1, 1),
     (1, 1, 1, 1, 2, 1, 1, 0, 1),
     (2, 19, 11, 9, 7, 3, 1, 2, 2),  # dilated
     (1, 5, 9, 9, 4, 5, 3, 2, 1),
@@ -38,6 +46,7 @@ SHAPES = [
 CASES = [
     *((shape, "direct") for shape in SHAPES),
     *itertools.product(WINOGRAD_SHAPES, ("winograd2", "winograd4")),
+    *((shape, "polyphase") for shape in POLYPHASE_SHAPES),
 ]
 
 
@@ -87,47 +96,72 @@ def test_products_of_bfloat16_agree_with_eager(shape):
 
 def test_products_of_bfloat16_are_refused_where_there_are_none():
     input, weight, _ = operands((1, 3, 9, 9, 4, 3, 2, 1, 1), torch.bfloat16)
-    with pytest.raises(ValueError, match="algorithm: direct_bf16 needs"):
+    with pytest.raises(ValueError, match="algorithm: direct_bf16 does not compute"):
         ops.extension.conv_by("direct_bf16", input, weight, None, 2, 1, 1)
 
 
-def test_winograd_is_as_accurate_as_documented():
+@pytest.mark.parametrize(
+    "shape, algorithms",
+    [
+        ((2, 512, 14, 14, 64, 3, 1, 1, 1), ("direct", "winograd2", "winograd4")),
+        ((2, 512, 14, 14, 64, 3, 2, 1, 1), ("direct", "polyphase")),
+        ((1, 3, 96, 96, 64, 7, 2, 3, 1), ("direct", "polyphase")),
+    ],
+)
+def test_winograd_is_as_accurate_as_documented(shape, algorithms):
     """On the deepest of ResNet's sums: twice what a direct sum loses, 4e-6 of the largest."""
-    input, weight, bias = operands((2, 512, 14, 14, 64, 3, 1, 1, 1))
-    truth = F.conv2d(input.double(), weight.double(), bias.double(), padding=1)
-    for algorithm in ("direct", "winograd2", "winograd4"):
-        ours = ops.extension.conv_by(algorithm, input, weight, bias, 1, 1, 1)
+    input, weight, bias = operands(shape)
+    geometry = shape[6:]
+    truth = F.conv2d(input.double(), weight.double(), bias.double(), *geometry)
+    for algorithm in algorithms:
+        ours = ops.extension.conv_by(algorithm, input, weight, bias, *geometry)
         assert (ours - truth).abs().max() <= 4e-6 * truth.abs().max()
 
 
+def chosen(n, c, size, k, r, stride=1, training=False):
+    x, w = torch.empty(n, c, size, size, device="meta"), torch.empty(k, c, r, r, device="meta")
+    return ops.extension.conv_algorithm(x, w, stride, r // 2, 1, training)
+
+
 def test_who_computes_what():
-    """Of ResNet-50's convolutions: Winograd has 3x3 at stride 1, the direct kernel 1x1, and oneDNN
-    the others. Deep filters on few pixels are read once for little work: there tiles are small."""
-
-    def chosen(n, c, size, k, r, stride=1, training=False):
-        x, w = torch.empty(n, c, size, size, device="meta"), torch.empty(k, c, r, r, device="meta")
-        return ops.extension.conv_algorithm(x, w, stride, r // 2, 1, training)
-
+    """Of ResNet's convolutions: Winograd has 3x3 at stride 1, its polyphase form 7x7 and the larger
+    maps of 3x3 at stride 2, the direct kernel 1x1, and oneDNN the others. Deep filters on few pixels
+    are read once for little work: there tiles are small, or none."""
     assert [chosen(8, 64, 56, 64, 3), chosen(8, 128, 28, 128, 3)] == ["winograd4"] * 2
-    assert chosen(1, 256, 14, 256, 3) == chosen(1, 512, 7, 512, 3) == "winograd2"
+    assert chosen(1, 512, 7, 512, 3) == "winograd2"
     assert chosen(8, 256, 14, 256, 3) == "winograd4"
     assert chosen(8, 64, 56, 256, 1) == chosen(1, 2048, 7, 512, 1) == "direct"
-    assert chosen(1, 3, 224, 64, 7, 2) == chosen(8, 128, 56, 128, 3, 2) == "onednn"
-    assert chosen(8, 512, 7, 512, 3, training=True) == "direct"  # packing costs too much
+    assert chosen(1, 256, 56, 512, 1, 2) == "direct"
+    assert chosen(8, 512, 7, 512, 3, training=True) != "winograd4"  # packing costs too much
+
+
+def test_who_computes_what_at_stride_2():
+    assert chosen(1, 3, 224, 64, 7, 2) == chosen(8, 3, 224, 64, 7, 2) == "polyphase"
+    for planes in (64, 128):  # the inputs of ResNet-18's and of ResNet-50's second stage
+        assert chosen(1, planes, 56, 128, 3, 2) == chosen(8, planes, 56, 128, 3, 2) == "polyphase"
+    assert chosen(8, 128, 28, 256, 3, 2) == chosen(8, 256, 28, 256, 3, 2) == "polyphase"
+    for size, planes in ((28, 256), (14, 512)):
+        assert chosen(1, planes // 2, size, planes, 3, 2) == "onednn"
+        assert chosen(1, planes, size, planes, 3, 2) == "onednn"
+    assert chosen(1, 64, 56, 64, 5, 2) == "onednn"
+    assert chosen(1, 128, 28, 256, 3, 2, training=True) == "onednn"  # packing costs too much
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_where_it_is(bad):
     """A transform would spread it over a whole tile."""
-    input, weight, _ = operands((1, 16, 24, 24, 32, 3, 1, 1, 1))
-    input[0, 3, 11, 12] = bad
-    with pytest.raises(RuntimeError, match="not finite"):
-        ops.extension.conv_by("winograd4", input, weight, None, 1, 1, 1)
-    ours, eager = site(input, weight), F.conv2d(input, weight, padding=1).relu()
-    assert torch.equal(ours.isnan(), eager.isnan()) and torch.equal(ours.isinf(), eager.isinf())
-    torch.testing.assert_close(ours, eager, equal_nan=True, rtol=1e-4, atol=1e-4)
-    trained = ops.conv(input, weight, None, [1, 1], [1, 1], [1, 1], 1)
-    assert torch.equal(trained.isfinite(), F.conv2d(input, weight, padding=1).isfinite())
+    for stride, algorithm in ((1, "winograd4"), (2, "polyphase")):
+        input, weight, _ = operands((1, 64, 40, 40, 64, 3, stride, 1, 1))
+        input[0, 3, 11, 12] = bad
+        with pytest.raises(RuntimeError, match="not finite"):
+            ops.extension.conv_by(algorithm, input, weight, None, stride, 1, 1)
+        eager = F.conv2d(input, weight, None, stride, 1)
+        ours, activated = site(input, weight, stride), eager.relu()
+        assert torch.equal(ours.isnan(), activated.isnan())
+        assert torch.equal(ours.isinf(), activated.isinf())
+        torch.testing.assert_close(ours, activated, equal_nan=True, rtol=1e-4, atol=1e-4)
+        trained = ops.conv(input, weight, None, [stride] * 2, [1, 1], [1, 1], 1)
+        assert torch.equal(trained.isfinite(), eager.isfinite())
 
 
 def test_values_that_only_a_transform_overflows():
@@ -138,12 +172,12 @@ def test_values_that_only_a_transform_overflows():
     torch.testing.assert_close(site(input, weight) / 1e37, eager / 1e37, rtol=1e-4, atol=1e-4)
 
 
-def site(input, weight):
+def site(input, weight, stride=1):
     """``relu(conv2d(input, weight))`` as a fused site of eval."""
-    k = weight.shape[0]
+    k, padding = weight.shape[0], [weight.shape[2] // 2] * 2
     statistics = (torch.zeros(k), torch.ones(k), None, None)
     return ops.conv_bn_relu(
-        input, weight, None, None, *statistics, [1, 1], [1, 1], [1, 1], 1, 0.0, True
+        input, weight, None, None, *statistics, [stride] * 2, padding, [1, 1], 1, 0.0, True
     )
 
 
@@ -215,9 +249,10 @@ def test_activations_and_weights_in_formats_of_their_own(size, stride, groups, d
         assert ours[index].is_contiguous(memory_format=memory_format), index
 
 
-def test_the_same_bits_again():
-    input, weight, bias = operands((2, 64, 28, 28, 64, 3, 1, 1, 1))
-    results = [ops.extension.conv_by("winograd4", input, weight, bias, 1, 1, 1) for _ in range(2)]
+@pytest.mark.parametrize("stride, algorithm", [(1, "winograd4"), (2, "polyphase")])
+def test_the_same_bits_again(stride, algorithm):
+    input, weight, bias = operands((2, 64, 28, 28, 64, 3, stride, 1, 1))
+    results = [ops.extension.conv_by(algorithm, input, weight, bias, stride, 1, 1) for _ in "ab"]
     assert torch.equal(*results)
 
 
@@ -233,8 +268,10 @@ def test_refusals():
     input, weight, _ = operands((1, 4, 9, 9, 4, 3, 2, 1, 1))
     with pytest.raises(ValueError, match="algorithm: expected direct"):
         ops.extension.conv_by("fft", input, weight, None, 1, 1, 1)
-    with pytest.raises(ValueError, match="algorithm: Winograd computes"):
+    with pytest.raises(ValueError, match="algorithm: winograd4 does not compute"):
         ops.extension.conv_by("winograd4", input, weight, None, 2, 1, 1)
+    with pytest.raises(ValueError, match="algorithm: polyphase does not compute"):
+        ops.extension.conv_by("polyphase", input, weight, None, 1, 1, 1)
 
 
 def test_conv_operators_pass_opcheck():

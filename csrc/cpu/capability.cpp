@@ -1,8 +1,30 @@
 #include "capability.h"
 
 #include <ATen/Version.h>
+#if defined(FASTRES_X86)
+#include <cpuid.h>
+#endif
 
 namespace fastres::cpu {
+namespace {
+
+// Whether AVX-512 instructions take two turns through units of 256 bits: AMD's before Zen 5.
+bool has_half_vectors() {
+#if defined(FASTRES_X86)
+  static const bool half = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+    constexpr unsigned kZen5 = 0x1a;
+    return (a >> 8 & 0xf) + (a >> 20 & 0xff) < kZen5;
+  }();
+  return half;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 Capability capability() {
   static const Capability chosen = [] {
@@ -50,6 +72,11 @@ std::vector<std::string> compiled_capabilities() {
 #else
   return {"DEFAULT"};
 #endif
+}
+
+double multiply_adds() {
+  constexpr double kOfAvx2 = 2 * 8;
+  return capability() == Capability::kAvx512 && !has_half_vectors() ? 2 * kOfAvx2 : kOfAvx2;
 }
 
 }  // namespace fastres::cpu

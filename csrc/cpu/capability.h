@@ -21,6 +21,9 @@ enum class Bfloat16Unit {
 
 Bfloat16Unit bfloat16_unit();
 
+// Of float32, that a core can begin in a cycle.
+double multiply_adds();
+
 std::string capability_name();
 std::vector<std::string> compiled_capabilities();
 
@@ -43,6 +46,11 @@ std::vector<std::string> compiled_capabilities();
   (::fastres::cpu::capability() == Capability::kAvx512 ? AVX512::getter<T>() \
    : ::fastres::cpu::capability() == Capability::kAvx2 ? AVX2::getter<T>()   \
                                                        : DEFAULT::getter<T>())
+// Of kernels that are nothing without vectors (setup.py: is_built_for): an empty table then.
+#define FASTRES_SELECT_VECTOR_KERNELS(getter, T)                             \
+  (::fastres::cpu::capability() == Capability::kAvx512 ? AVX512::getter<T>() \
+   : ::fastres::cpu::capability() == Capability::kAvx2 ? AVX2::getter<T>()   \
+                                                       : decltype(AVX2::getter<T>()){})
 #else
 #define FASTRES_DECLARE_KERNELS(Table, getter) \
   namespace DEFAULT {                          \
@@ -50,6 +58,8 @@ std::vector<std::string> compiled_capabilities();
   Table<T> getter();                           \
   }
 #define FASTRES_SELECT_KERNELS(getter, T) DEFAULT::getter<T>()
+#define FASTRES_SELECT_VECTOR_KERNELS(getter, T) \
+  decltype(DEFAULT::getter<T>()) {}
 #endif
 
 }  // namespace fastres::cpu

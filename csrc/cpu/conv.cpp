@@ -48,7 +48,7 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (dtype != at::kFloat && !bf16) return kAten;
   const auto algorithm =
       choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, bf16});
-  return winograd_tile(algorithm) == 0 ? kAten : algorithm;
+  return is_winograd(algorithm) ? algorithm : kAten;
 }
 
 template <typename T>
@@ -232,20 +232,17 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
   const auto shape = shape_of(input, weight, g);
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  for (const auto a : {kDirect, kDirectBf16, kWinograd2, kWinograd4}) {
+  for (const auto a : {kDirect, kDirectBf16, kWinograd2, kWinograd4, kPolyphase}) {
     if (algorithm != name_of(a)) continue;
-    TORCH_CHECK_VALUE(winograd_tile(a) == 0 || is_winograd_shape(shape),
-                      "algorithm: Winograd computes 3x3 filters of stride 1, not this convolution");
-    TORCH_CHECK_VALUE(
-        a != kDirectBf16 || (bfloat16_unit() == Bfloat16Unit::kVector &&
-                             input.scalar_type() == at::kBFloat16 && shape.c % 2 == 0),
-        "algorithm: direct_bf16 needs bfloat16 activations, an even number of ",
-        "channels and a processor that gains by it");
+    const bool fits = a != kDirectBf16 || input.scalar_type() == at::kBFloat16;
+    TORCH_CHECK_VALUE(fits && can_compute(a, shape), "algorithm: ", algorithm,
+                      " does not compute this convolution");
     TORCH_CHECK(run(input, filters_of(wide), bias, shape, a, y), "input: a sum was not finite");
     return y;
   }
-  TORCH_CHECK_VALUE(false, "algorithm: expected direct, direct_bf16, winograd2 or winograd4, got ",
-                    algorithm);
+  TORCH_CHECK_VALUE(
+      false, "algorithm: expected direct, direct_bf16, winograd2, winograd4 or polyphase, got ",
+      algorithm);
 }
 
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,

@@ -136,6 +136,12 @@ struct ToOutput {
     return later;
   }
 
+  ToOutput next_panel() const {
+    ToOutput next = *this;
+    next.offset += kPanel;
+    return next;
+  }
+
   FASTRES_INLINE void prefetch(int64_t row) const {
     const int64_t at = offset + row * stride;
     prefetch_panel<true>(output + at);

@@ -16,15 +16,21 @@ struct DirectConvKernel {
               float* scratch);
 };
 
-// 3x3 filters, stride 1, no dilation. False where a sum was not finite: transforms spread Inf and
-// NaN over a tile, so the direct kernel has to say what becomes of them.
+// False where a sum was not finite: transforms spread Inf and NaN over a tile, so the direct kernel
+// has to say what becomes of them.
 template <typename T>
 using WinogradJob = bool(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles,
                          Range panels, float* scratch);
 
+// No dilation.
 template <typename T>
 struct WinogradKernels {
-  WinogradJob<T>*f2, *f4;  // F(2x2, 3x3) and F(4x4, 3x3)
+  WinogradJob<T>*f2, *f4;  // F(2x2, 3x3) and F(4x4, 3x3), stride 1
+};
+
+template <typename T>
+struct PolyphaseKernels {
+  WinogradJob<T>*of3, *of7;  // F(4x4, 2x2) of 3x3 filters, F(3x3, 4x4) of 7x7, stride 2
 };
 
 // Writes the packed filters of some panels, see conv_pack.h.
@@ -32,12 +38,13 @@ using PackJob = void(const FilterView& filters, Range panels, float* out);
 
 template <typename T>
 struct PackKernels {
-  PackJob *direct, *direct_bf16, *f2, *f4;
+  PackJob *direct, *direct_bf16, *f2, *f4, *polyphase3, *polyphase7;
 };
 
 FASTRES_DECLARE_KERNELS(PackKernels, pack_kernels)
 FASTRES_DECLARE_KERNELS(DirectConvKernel, direct_conv_kernel)
 FASTRES_DECLARE_KERNELS(WinogradKernels, winograd_kernels)
+FASTRES_DECLARE_KERNELS(PolyphaseKernels, polyphase_kernels)
 
 #if defined(FASTRES_X86)
 // Products of bfloat16: kDirectBf16, for shapes with an even number of channels.

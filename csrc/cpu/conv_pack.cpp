@@ -31,19 +31,23 @@ FilterView turned(FilterView f) {
 }
 
 int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
-  const int64_t m = winograd_tile(algorithm);
+  if (is_winograd(algorithm)) {
+    return round_up(filters.k, conv_panel()) * winograd_form(algorithm, filters.r).depth(filters.c);
+  }
   const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? filters.c / 2 : filters.c;
-  const int64_t values = m == 0 ? round_up(filters.r * filters.s * c, kChunk)
-                                : (m + 2) * (m + 2) * round_up(filters.c, kChunk);
+  const int64_t values = round_up(filters.r * filters.s * c, kChunk);
   return round_up(filters.k, conv_panel()) * values;
 }
 
 void pack_filters(const FilterView& filters, ConvAlgorithm algorithm, float* out) {
-  static const auto kernels = FASTRES_SELECT_KERNELS(pack_kernels, float);
-  PackJob* const pack = algorithm == ConvAlgorithm::kDirect       ? kernels.direct
-                        : algorithm == ConvAlgorithm::kDirectBf16 ? kernels.direct_bf16
-                        : algorithm == ConvAlgorithm::kWinograd2  ? kernels.f2
-                                                                  : kernels.f4;
+  using enum ConvAlgorithm;
+  static const auto kernels = FASTRES_SELECT_VECTOR_KERNELS(pack_kernels, float);
+  PackJob* const pack = algorithm == kDirect       ? kernels.direct
+                        : algorithm == kDirectBf16 ? kernels.direct_bf16
+                        : algorithm == kWinograd2  ? kernels.f2
+                        : algorithm == kWinograd4  ? kernels.f4
+                        : filters.r == 3           ? kernels.polyphase3
+                                                   : kernels.polyphase7;
   at::parallel_for(0, ceil_div(filters.k, conv_panel()), 1,
                    [&](int64_t begin, int64_t end) { pack(filters, {begin, end}, out); });
 }

@@ -2,7 +2,8 @@
 // last panel and the last chunk of input channels filled with zeros.
 //   direct: [K / panel][(R * S * C) rounded up to 16][panel]
 //   direct_bf16: likewise, of words that hold two neighbouring channels in bfloat16
-//   F(m, 3): [K / panel][(m + 2)^2][C rounded up to 16][panel], G g G^T of every filter g
+//   F(m, r): [K / panel][(m + r - 1)^2][C rounded up to 16][panel], G g G^T of every filter g; at
+//   stride 2 the channels of all phases, see WinogradForm
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -67,47 +67,73 @@ void pack_direct_bf16(const FilterView& f, Range panels, float* out) {
 }
 
 // out = G in, for `columns` rows of a panel each; rows of `in` lie `columns` apart.
-template <int m, int columns>
-inline void transform(const double (&in)[3 * columns][kPanel],
-                      double (&out)[(m + 2) * columns][kPanel]) {
-  const auto& g = Winograd<m>::kFilter;
-  for (int i = 0; i < m + 2; ++i) {
+template <int m, int r, int columns>
+inline void transform(const double (&in)[r * columns][kPanel],
+                      double (&out)[(m + r - 1) * columns][kPanel]) {
+  const auto& g = Winograd<m, r>::kFilter;
+  for (int i = 0; i < m + r - 1; ++i) {
     for (int j = 0; j < columns; ++j) {
       for (int64_t k = 0; k < kPanel; ++k) {
-        out[i * columns + j][k] =
-            g[i][0] * in[j][k] + g[i][1] * in[columns + j][k] + g[i][2] * in[2 * columns + j][k];
+        double sum = g[i][0] * in[j][k];
+        for (int tap = 1; tap < r; ++tap) sum += g[i][tap] * in[tap * columns + j][k];
+        out[i * columns + j][k] = sum;
       }
     }
   }
 }
 
-// G g G^T, rounded once.
-template <int m>
-void pack_winograd(const FilterView& f, Range panels, float* out) {
-  constexpr int kIn = m + 2;
-  const int64_t padded = round_up(f.c, kChunk), position = padded * kPanel;
-  double taps[9][kPanel], half[kIn * 3][kPanel], turned[3 * kIn][kPanel], whole[kIn * kIn][kPanel];
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    float* const to = out + panel * kIn * kIn * position;
-    for (int64_t c = 0; c < f.c; ++c) {
-      for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s) {
-          load_tap(f, panel, r * f.r_stride + s * f.s_stride + c * f.c_stride, taps[r * 3 + s]);
-        }
-      }
-      transform<m, 3>(taps, half);
-      for (int i = 0; i < kIn; ++i) {
-        for (int s = 0; s < 3; ++s) std::copy_n(half[i * 3 + s], kPanel, turned[s * kIn + i]);
-      }
-      transform<m, kIn>(turned, whole);  // its rows are the columns of the filter
-      for (int x = 0; x < kIn; ++x) {
-        for (int y = 0; y < kIn; ++y) {
-          store_row(whole[x * kIn + y], to + (y * kIn + x) * position + c * kPanel);
-        }
+// G g G^T of a channel, the columns before the rows: transposed. At stride 2 of the taps at one
+// phase, zeros behind the last.
+template <int m, int r, int stride>
+void transform_filters(const FilterView& f, int64_t panel, int64_t c, int row_phase,
+                       int column_phase, double (&out)[(m + r - 1) * (m + r - 1)][kPanel]) {
+  constexpr int kIn = m + r - 1;
+  double taps[r * r][kPanel], half[kIn * r][kPanel], turned[r * kIn][kPanel];
+  for (int y = 0; y < r; ++y) {
+    for (int x = 0; x < r; ++x) {
+      const int64_t row = y * stride + row_phase, column = x * stride + column_phase;
+      double* const tap = taps[y * r + x];
+      if (row < f.r && column < f.s) {
+        load_tap(f, panel, row * f.r_stride + column * f.s_stride + c * f.c_stride, tap);
+      } else {
+        std::fill_n(tap, kPanel, 0.0);
       }
     }
-    for (int64_t i = 0; i < kIn * kIn; ++i) {
-      std::fill(to + i * position + f.c * kPanel, to + (i + 1) * position, 0.0f);
+  }
+  transform<m, r, r>(taps, half);
+  for (int i = 0; i < kIn; ++i) {
+    for (int x = 0; x < r; ++x) std::copy_n(half[i * r + x], kPanel, turned[x * kIn + i]);
+  }
+  transform<m, r, kIn>(turned, out);
+}
+
+// Rounded once.
+template <int m, int r, int stride>
+void pack_winograd(const FilterView& f, Range panels, float* out) {
+  constexpr WinogradForm kForm{m, r, stride};
+  constexpr int kIn = m + r - 1;
+  const int64_t size = kForm.depth(f.c) * kPanel;
+  const int64_t channels = kForm.shares_chunk(f.c) ? f.c : round_up(f.c, kChunk);
+  double whole[kIn * kIn][kPanel];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    if (channels != f.c) std::fill_n(out + panel * size, size, 0.0f);
+    for (int phase = 0; phase < stride * stride; ++phase) {
+      const int row_phase = phase / stride, column_phase = phase % stride;
+      for (int64_t c = 0; c < f.c; ++c) {
+        transform_filters<m, r, stride>(f, panel, c, row_phase, column_phase, whole);
+        float* to = out + panel * size;
+        for (int i = 0; i < kIn * kIn; ++i) {
+          const int y = i / kIn, x = i % kIn;
+          const bool shared = kForm.shares_chunk(f.c);
+          const int64_t rows = shared ? stride : kForm.phases(y);
+          const int64_t columns = shared ? stride : kForm.phases(x);
+          if (row_phase < rows && column_phase < columns) {
+            store_row(whole[x * kIn + y],
+                      to + ((row_phase * columns + column_phase) * channels + c) * kPanel);
+          }
+          to += kForm.chunks(f.c, i) * kForm.chunk_depth(f.c) * kPanel;
+        }
+      }
     }
   }
 }
@@ -116,7 +142,12 @@ void pack_winograd(const FilterView& f, Range panels, float* out) {
 
 template <typename T>
 PackKernels<T> pack_kernels() {
-  return {&pack_direct, &pack_direct_bf16, &pack_winograd<2>, &pack_winograd<4>};
+  return {&pack_direct,
+          &pack_direct_bf16,
+          &pack_winograd<2, 3, 1>,
+          &pack_winograd<4, 3, 1>,
+          &pack_winograd<4, 2, 2>,
+          &pack_winograd<3, 4, 2>};
 }
 
 template PackKernels<float> pack_kernels<float>();

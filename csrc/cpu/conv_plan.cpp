@@ -9,30 +9,29 @@
 namespace fastres::cpu {
 namespace {
 
-// Packed rows of a block: they share the second-level cache with the panel that they meet.
+// Pixels of a block: packed, they share the second-level cache with the panel that they meet.
 constexpr int64_t kBlockValues = 256 * 1024;
-constexpr int64_t kBlockRows = 112;
-constexpr int64_t kBlockTiles = 56;  // their sums are as many again
+constexpr int64_t kMostPixels = 112, kLeastPixels = 14;
 // Rows below which another split of the channels serves better than another block.
 constexpr int64_t kLeastRows = 28;
 
 // A core's cycles, for comparing one algorithm with another. Measured on a Xeon of the Sapphire
-// Rapids family; with narrower vectors all of them take longer alike.
-constexpr double kMultiplyAdds = 32;       // a cycle
-constexpr double kBytes = 7;               // a cycle, of weights that are in no cache of the core
-constexpr double kTransformCycles = 0.25;  // a value of a transformed tile, in or out
-constexpr double kPackCycles = 3;          // a value of Winograd's filters
+// Rapids family and on Zen 4.
+constexpr double kBytes = 7;       // a cycle, of weights that are in no cache of the core
+constexpr double kTransform = 8;   // multiply-adds' time, a value of a transformed tile, in or out
+constexpr double kPackCycles = 3;  // a value of Winograd's filters
 
 std::atomic<int64_t> largest_tile{std::numeric_limits<int64_t>::max()};
 
 struct Work {
-  int64_t rows, depth, positions;  // of the product: positions x (rows x depth x K)
+  int64_t rows, depth, positions;  // of the products, one a position; their depth in all
 };
 
 Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
-  if (const int64_t m = winograd_tile(algorithm)) {
-    const WinogradGrid grid(shape, m);
-    return {grid.tiles(shape), round_up(shape.c, kChunk), grid.positions()};
+  if (is_winograd(algorithm)) {
+    const auto form = winograd_form(algorithm, shape.r);
+    const WinogradGrid grid(shape, form.m);
+    return {grid.tiles(shape), form.depth(shape.c), form.positions()};
   }
   const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
   return {shape.pixels(), round_up(shape.taps() * c, kChunk), 1};
@@ -41,12 +40,12 @@ Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
 double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice& choice) {
   const auto work = work_of(shape, algorithm);
   const auto rows = static_cast<double>(work.rows);
-  const auto depth = static_cast<double>(work.depth * work.positions);
+  const auto depth = static_cast<double>(work.depth);
   const auto outputs = static_cast<double>(round_up(shape.k, choice.panel));
   const auto sums = rows * static_cast<double>(work.positions) * outputs;
-  const bool pack = choice.pack && winograd_tile(algorithm) != 0;
-  return rows * depth * outputs / kMultiplyAdds + depth * outputs * sizeof(float) / kBytes +
-         (rows * depth + sums) * kTransformCycles + (pack ? depth * outputs * kPackCycles : 0);
+  const bool pack = choice.pack && is_winograd(algorithm);
+  return (rows * depth * outputs + (rows * depth + sums) * kTransform) / multiply_adds() +
+         depth * outputs * sizeof(float) / kBytes + (pack ? depth * outputs * kPackCycles : 0);
 }
 
 }  // namespace
@@ -65,13 +64,28 @@ const char* name_of(ConvAlgorithm algorithm) {
       return "winograd2";
     case ConvAlgorithm::kWinograd4:
       return "winograd4";
+    case ConvAlgorithm::kPolyphase:
+      return "polyphase";
   }
   return "";
 }
 
-bool is_winograd_shape(const ConvShape& shape) {
-  constexpr Pair kOnes{1, 1};
-  return shape.r == 3 && shape.s == 3 && shape.stride == kOnes && shape.dilation == kOnes;
+WinogradForm winograd_form(ConvAlgorithm algorithm, int64_t filter) {
+  if (algorithm == ConvAlgorithm::kWinograd2) return {2, 3, 1};
+  if (algorithm == ConvAlgorithm::kWinograd4) return {4, 3, 1};
+  return filter == 3 ? WinogradForm{4, 2, 2} : WinogradForm{3, 4, 2};
+}
+
+bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
+  if (!is_own(algorithm) || capability() == Capability::kDefault) return false;
+  if (algorithm == ConvAlgorithm::kDirect) return true;
+  if (algorithm == ConvAlgorithm::kDirectBf16) {
+    return bfloat16_unit() == Bfloat16Unit::kVector && shape.c % 2 == 0;
+  }
+  const bool strided = algorithm == ConvAlgorithm::kPolyphase;
+  const int64_t stride = strided ? 2 : 1;
+  return shape.dilation == Pair{1, 1} && shape.stride == Pair{stride, stride} &&
+         shape.r == shape.s && (shape.r == 3 || (strided && shape.r == 7));
 }
 
 void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
@@ -79,17 +93,20 @@ void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
   if (capability() == Capability::kDefault) return kOneDnn;
-  const bool bf16 = choice.bf16 && shape.c % 2 == 0;
+  const auto direct = choice.bf16 && can_compute(kDirectBf16, shape) ? kDirectBf16 : kDirect;
   const int64_t largest = largest_tile.load(std::memory_order_relaxed);
-  if (is_winograd_shape(shape) && largest > 0) {
-    const auto cost = [&](ConvAlgorithm a) {
-      if (winograd_tile(a) > largest) return std::numeric_limits<double>::infinity();
-      return cycles(shape, a, choice);
-    };
-    return std::min({bf16 ? kDirectBf16 : kDirect, kWinograd2, kWinograd4},
+  const auto cost = [&](ConvAlgorithm a) {
+    if (is_winograd(a) && winograd_form(a, shape.r).m > largest) {
+      return std::numeric_limits<double>::infinity();
+    }
+    return cycles(shape, a, choice);
+  };
+  if (can_compute(kWinograd4, shape) && largest > 0) {
+    return std::min({direct, kWinograd2, kWinograd4},
                     [&](auto a, auto b) { return cost(a) < cost(b); });
   }
-  if (bf16) return kDirectBf16;
+  if (can_compute(kPolyphase, shape) && cost(kPolyphase) < cost(direct)) return kPolyphase;
+  if (direct == kDirectBf16) return direct;
   // Where every value is gathered once, that costs less than it saves; oneDNN gathers nothing.
   return shape.taps() == 1 || !choice.onednn ? kDirect : kOneDnn;
 }
@@ -98,9 +115,9 @@ ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t pane
                    int64_t threads) {
   const auto work = work_of(shape, algorithm);
   const int64_t panels = ceil_div(shape.k, panel);
-  const int64_t most_rows = winograd_tile(algorithm) == 0 ? kBlockRows : kBlockTiles;
-  const int64_t most =
-      std::clamp(kBlockValues / (work.depth * work.positions), int64_t{14}, most_rows);
+  const int64_t most = is_winograd(algorithm)
+                           ? kMostTiles
+                           : std::clamp(kBlockValues / work.depth, kLeastPixels, kMostPixels);
   int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));
   if (blocks > threads) blocks = std::min(round_up(blocks, threads), work.rows);
   blocks = std::max(blocks, int64_t{1});

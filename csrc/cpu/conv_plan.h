@@ -5,23 +5,32 @@
 
 namespace fastres::cpu {
 
-// kAten and kOneDnn are the libraries'; the others are the project's own. kDirectBf16 multiplies
-// bfloat16 values, the others float32 ones whatever the activations are.
-enum class ConvAlgorithm { kAten, kOneDnn, kDirect, kDirectBf16, kWinograd2, kWinograd4 };
+// kAten and kOneDnn are the libraries'; the others are the project's own: the direct product, of
+// float32 values whatever the activations are or of bfloat16 values, Winograd's F(2x2, 3x3) and
+// F(4x4, 3x3), and its polyphase form for stride 2.
+enum class ConvAlgorithm {
+  kAten,
+  kOneDnn,
+  kDirect,
+  kDirectBf16,
+  kWinograd2,
+  kWinograd4,
+  kPolyphase
+};
 
 constexpr bool is_own(ConvAlgorithm algorithm) { return algorithm >= ConvAlgorithm::kDirect; }
-
-// Output pixels a side of a tile; 0 for what is not Winograd.
-constexpr int64_t winograd_tile(ConvAlgorithm algorithm) {
-  return algorithm == ConvAlgorithm::kWinograd2   ? 2
-         : algorithm == ConvAlgorithm::kWinograd4 ? 4
-                                                  : 0;
+constexpr bool is_winograd(ConvAlgorithm algorithm) {
+  return algorithm >= ConvAlgorithm::kWinograd2;
 }
+
+// Of a Winograd algorithm, for filters of this size.
+WinogradForm winograd_form(ConvAlgorithm algorithm, int64_t filter);
 
 const char* name_of(ConvAlgorithm algorithm);
 
-// 3x3 filters, stride 1, no dilation.
-bool is_winograd_shape(const ConvShape& shape);
+// Whether an algorithm of the project's own computes such a convolution. Winograd takes filters
+// without dilation: 3x3 at stride 1, 3x3 and 7x7 at stride 2.
+bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape);
 
 struct ConvChoice {
   int64_t panel;  // output channels that are computed together

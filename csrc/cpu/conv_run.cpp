@@ -21,20 +21,28 @@ DirectConvKernel<T> direct_kernel([[maybe_unused]] ConvAlgorithm algorithm) {
     if (algorithm == ConvAlgorithm::kDirectBf16) return AVX512_BF16::direct_conv_kernel<T>();
   }
 #endif
-  return FASTRES_SELECT_KERNELS(direct_conv_kernel, T);
+  return FASTRES_SELECT_VECTOR_KERNELS(direct_conv_kernel, T);
+}
+
+template <typename T>
+WinogradJob<T>* winograd_job(ConvAlgorithm algorithm, const ConvShape& shape) {
+  static const auto winograd = FASTRES_SELECT_VECTOR_KERNELS(winograd_kernels, T);
+  static const auto polyphase = FASTRES_SELECT_VECTOR_KERNELS(polyphase_kernels, T);
+  if (algorithm == ConvAlgorithm::kPolyphase) return shape.r == 3 ? polyphase.of3 : polyphase.of7;
+  return algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
 }
 
 }  // namespace
 
 int64_t conv_panel() {
-  static const int64_t panel = FASTRES_SELECT_KERNELS(direct_conv_kernel, float).panel;
+  static const int64_t panel = FASTRES_SELECT_VECTOR_KERNELS(direct_conv_kernel, float).panel;
   return panel;
 }
 
 template <typename T>
 bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands) {
   const auto direct = direct_kernel<T>(algorithm);
-  static const auto winograd = FASTRES_SELECT_KERNELS(winograd_kernels, T);
+  WinogradJob<T>* const winograd = winograd_job<T>(algorithm, shape);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
   const int64_t values = scratch_values(shape, algorithm, jobs.block_rows(), direct.panel);
   std::atomic<bool> finite{true};
@@ -43,12 +51,11 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
     float* const scratch = own.of_size(values);
     for (int64_t job = begin; job < end; ++job) {
       const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
-      if (winograd_tile(algorithm) == 0) {
+      if (!is_winograd(algorithm)) {
         direct.run(shape, operands, rows, panels, scratch);
         continue;
       }
-      const auto run = algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
-      if (!run(shape, operands, rows, panels, scratch)) {
+      if (!winograd(shape, operands, rows, panels, scratch)) {
         finite.store(false, std::memory_order_relaxed);
       }
     }

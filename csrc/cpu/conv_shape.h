@@ -35,14 +35,55 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // into one set of the cache.
 constexpr int64_t kPositionSkew = 5 * kChunk;
 
-// Output tiles of F(m x m, 3 x 3), and the positions of the product in the transformed domain.
+// Winograd tiles of a job at most: their rows and sums share the second-level cache.
+constexpr int64_t kMostTiles = 28;
+
+// F(m x m, r x r). At stride 2 the input's even and odd rows and columns are four phases, each
+// convolved at stride 1 with every second tap of the filters (polyphase): r is half their size,
+// rounded up. Filters being odd, an odd phase has a tap less, so that nothing of it meets the last
+// row or column of positions, the point at infinity.
+struct WinogradForm {
+  int64_t m, r, stride;
+
+  constexpr int64_t side() const { return m + r - 1; }
+  constexpr int64_t positions() const { return side() * side(); }
+
+  // Of few channels, all phases fill one chunk together: [row's phase][column's][channel].
+  constexpr bool shares_chunk(int64_t c) const { return stride == 2 && 4 * c <= kChunk; }
+
+  // Channels of a chunk in use, a multiple of four.
+  constexpr int64_t chunk_depth(int64_t c) const { return shares_chunk(c) ? 4 * c : kChunk; }
+
+  // Phases at the i-th row or column of positions.
+  constexpr int64_t phases(int64_t i) const { return stride == 2 && i + 1 < side() ? 2 : 1; }
+
+  // Chunks that the product sums up at a position: [row's phase][column's][chunk of channels].
+  constexpr int64_t chunks(int64_t c, int64_t position) const {
+    if (shares_chunk(c)) return 1;
+    return phases(position / side()) * phases(position % side()) * ceil_div(c, kChunk);
+  }
+
+  constexpr int64_t chunks(int64_t c) const {
+    int64_t sum = 0;
+    for (int64_t position = 0; position < positions(); ++position) sum += chunks(c, position);
+    return sum;
+  }
+
+  constexpr int64_t depth(int64_t c) const { return chunks(c) * chunk_depth(c); }
+
+  // One position's rows in memory, of `count` tiles.
+  constexpr int64_t rows_stride(int64_t c, int64_t count) const {
+    return chunks(c, 0) * count * kChunk + kPositionSkew;
+  }
+};
+
+// Output tiles of m x m.
 struct WinogradGrid {
   int64_t m, rows, columns;
 
   WinogradGrid(const ConvShape& shape, int64_t m)
       : m(m), rows(ceil_div(shape.p, m)), columns(ceil_div(shape.q, m)) {}
 
-  int64_t positions() const { return (m + 2) * (m + 2); }
   int64_t tiles(const ConvShape& shape) const { return shape.n * rows * columns; }
 };
 

@@ -76,9 +76,12 @@ struct Panels {
   int64_t stride;
   const float* weight;
   int64_t chunks;
-  const float* start;  // what the sums begin with, kPanel values
+  const float* start;      // what the sums begin with, kPanel values
+  int64_t depth = kChunk;  // values of every chunk that are in use, a multiple of kStep
 
-  int64_t weights() const { return chunks * kChunk * kPanel; }
+  static constexpr int64_t kStep = 4;
+
+  int64_t weights() const { return chunks * depth * kPanel; }
 };
 
 // Memory that will be needed soon, fetched into the second-level cache some lines at a time: what
@@ -118,13 +121,14 @@ FASTRES_INLINE void prefetch_panel(const T* p) {
 constexpr int64_t kGroup = 16;
 
 // store(row, left, right) gets the two vectors of every row's sums. It is passed by value: what it
-// holds is in registers then. `earlier` has room for the sums of a tile.
+// holds is in registers then. coming.prefetch(row) is told of as many rows, bit by bit: memory that
+// is asked for all at once makes the weights wait. `earlier` has room for the sums of a tile.
 template <int kRows, typename Store>
 __attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& rows, float* earlier,
-                                        Store store) {
+                                        Store store, Store coming) {
   Accumulators<kRows> sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
-  for (int64_t row = 0; row < kRows; ++row) store.prefetch(row);
   const float* b = in.weight;
+  int64_t prefetched = 0;
   for (int64_t i = 0; i < in.chunks; ++i, in.rows += in.stride) {
     if (i > 0 && i % kGroup == 0) {
       sums.for_each_row([&](int64_t row, Vec left, Vec right) FASTRES_INLINED {
@@ -137,9 +141,12 @@ __attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& r
     }
     weights.step();
     rows.step();
+    for (; prefetched * in.chunks < (i + 1) * kRows; ++prefetched) coming.prefetch(prefetched);
+    for (int64_t j = 0; j < in.depth; j += Panels::kStep) {
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kChunk; ++j, b += kPanel) {
-      sums.add(in.rows + j, Vec::loadu(b), Vec::loadu(b + kVec));
+      for (int64_t k = 0; k < Panels::kStep; ++k, b += kPanel) {
+        sums.add(in.rows + j + k, Vec::loadu(b), Vec::loadu(b + kVec));
+      }
     }
   }
   if (in.chunks <= kGroup) {
@@ -154,19 +161,19 @@ __attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& r
 
 template <int kRows = kTileRows, typename Store>
 inline void multiply_rows(int64_t count, const Panels& in, const Prefetch& weights, Prefetch& rows,
-                          float* earlier, const Store& store) {
+                          float* earlier, const Store& store, const Store& coming) {
   if (count == kRows) {
-    multiply<kRows>(in, weights, rows, earlier, store);
+    multiply<kRows>(in, weights, rows, earlier, store, coming);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(count, in, weights, rows, earlier, store);
+    multiply_rows<kRows - 1>(count, in, weights, rows, earlier, store, coming);
   }
 }
 
 constexpr int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
 
 // `count` rows in tiles of nearly equal height; store(row, left, right) as above, its rows counted
-// from store.from(row) on. The weights that follow are taken to be the next, `rows` what comes
-// after these rows.
+// from store.from(row) on; store.next_panel() is what comes after all of them. The weights that
+// follow are taken to be the next, `rows` what comes after these rows.
 template <typename Store>
 inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, const Store& store) {
   const int64_t tiles = tiles_of(count);
@@ -178,7 +185,8 @@ inline void multiply_panel(int64_t count, const Panels& in, Prefetch& rows, cons
                            coming + in.weights() * (t + 1) / tiles, in.chunks);
     Panels tile = in;
     tile.rows += first * kChunk;
-    multiply_rows(height, tile, weights, rows, earlier, store.from(first));
+    multiply_rows(height, tile, weights, rows, earlier, store.from(first),
+                  t + 1 < tiles ? store.from(first + height) : store.next_panel());
   }
 }
 

@@ -1,15 +1,20 @@
-// One-dimensional transforms of F(m, 3) for m = 2 and 4: y = D A^T ((G g) * (B^T d)), Lavin & Gray
-// 2016, with a diagonal D that the caller applies: y[i] is output()'s i-th result times kScale[i].
+// One-dimensional transforms of F(m, r): y = D A^T ((G g) * (B^T d)), Lavin & Gray 2016, with a
+// diagonal D that the caller applies: y[i] is output()'s i-th result times kScale[i].
+//
+// The points decide how much is lost. With 0, a, -a, 2a, -2a and infinity the customary a = 1 loses
+// a factor of four in accuracy against a = 3/4, which balances the powers that the sums are
+// weighted with; of five points, a pair around zero in zero's place loses half of what that does
+// (1/2 and 3/2 against 0, 3/4 and 3/2). The powers of all of them are exact in fp32.
 #pragma once
 
 namespace fastres::cpu {
 
-template <int m>
+template <int m, int r>
 struct Winograd;
 
 // Interpolation points 0, 1, -1 and infinity.
 template <>
-struct Winograd<2> {
+struct Winograd<2, 3> {
   static constexpr double kFilter[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
   static constexpr float kScale[2] = {1, 1};
 
@@ -28,21 +33,12 @@ struct Winograd<2> {
   }
 };
 
-// Interpolation points 0, a, -a, 2a, -2a and infinity. The customary a = 1 loses a factor of four
-// in accuracy against a = 3/4, which balances the powers that the sums are weighted with; its
-// powers are exact in fp32.
-template <>
-struct Winograd<4> {
+// Interpolation points 0, a, -a, b, -b and infinity.
+struct WinogradOfSix {
   static constexpr double a = 0.75, b = 2 * a;
+  static constexpr double kZeroNorm = a * a * b * b;
   static constexpr double kNearNorm = 2 * a * a * (a * a - b * b);
   static constexpr double kFarNorm = 2 * b * b * (b * b - a * a);
-  static constexpr double kFilter[6][3] = {{1 / (a * a * b * b), 0, 0},
-                                           {1 / kNearNorm, a / kNearNorm, a * a / kNearNorm},
-                                           {1 / kNearNorm, -a / kNearNorm, a * a / kNearNorm},
-                                           {1 / kFarNorm, b / kFarNorm, b * b / kFarNorm},
-                                           {1 / kFarNorm, -b / kFarNorm, b * b / kFarNorm},
-                                           {0, 0, 1 / (a * a * a)}};
-  static constexpr float kScale[4] = {1, a, a * a, a * a * a};
 
   template <typename V>
   static inline void input(const V (&d)[6], V (&t)[6]) {
@@ -57,6 +53,17 @@ struct Winograd<4> {
     t[4] = fmadd(V(static_cast<float>(-b)), odd_far, even_far);
     t[5] = fmadd(product, d[1], fmadd(minus_sum, d[3], d[5]));
   }
+};
+
+template <>
+struct Winograd<4, 3> : WinogradOfSix {
+  static constexpr double kFilter[6][3] = {{1 / kZeroNorm, 0, 0},
+                                           {1 / kNearNorm, a / kNearNorm, a * a / kNearNorm},
+                                           {1 / kNearNorm, -a / kNearNorm, a * a / kNearNorm},
+                                           {1 / kFarNorm, b / kFarNorm, b * b / kFarNorm},
+                                           {1 / kFarNorm, -b / kFarNorm, b * b / kFarNorm},
+                                           {0, 0, 1 / (a * a * a)}};
+  static constexpr float kScale[4] = {1, a, a * a, a * a * a};
 
   template <typename V>
   static inline void output(const V (&t)[6], V (&y)[4]) {
@@ -67,6 +74,63 @@ struct Winograd<4> {
     y[1] = fmadd(two, far_difference, near_difference);
     y[2] = fmadd(four, far_sum, near_sum);
     y[3] = fmadd(eight, far_difference, near_difference) + t[5];
+  }
+};
+
+template <>
+struct Winograd<3, 4> : WinogradOfSix {
+  static constexpr double kFilter[6][4] = {
+      {1 / kZeroNorm, 0, 0, 0},
+      {1 / kNearNorm, a / kNearNorm, a * a / kNearNorm, a * a * a / kNearNorm},
+      {1 / kNearNorm, -a / kNearNorm, a * a / kNearNorm, -a * a * a / kNearNorm},
+      {1 / kFarNorm, b / kFarNorm, b * b / kFarNorm, b * b * b / kFarNorm},
+      {1 / kFarNorm, -b / kFarNorm, b * b / kFarNorm, -b * b * b / kFarNorm},
+      {0, 0, 0, 1 / (a * a)}};
+  static constexpr float kScale[3] = {1, a, a * a};
+
+  template <typename V>
+  static inline void output(const V (&t)[6], V (&y)[3]) {
+    const V near_sum = t[1] + t[2], far_sum = t[3] + t[4];
+    y[0] = (t[0] + near_sum) + far_sum;
+    y[1] = fmadd(V(2.0f), t[3] - t[4], t[1] - t[2]);
+    y[2] = fmadd(V(4.0f), far_sum, near_sum) + t[5];
+  }
+};
+
+// Interpolation points a, -a, b, -b and infinity.
+template <>
+struct Winograd<4, 2> {
+  static constexpr double a = 0.5, b = 3 * a;
+  static constexpr double kNearNorm = 2 * a * (a * a - b * b);
+  static constexpr double kFarNorm = 2 * b * (b * b - a * a);
+  static constexpr double kFilter[5][2] = {{1 / kNearNorm, a / kNearNorm},
+                                           {-1 / kNearNorm, a / kNearNorm},
+                                           {1 / kFarNorm, b / kFarNorm},
+                                           {-1 / kFarNorm, b / kFarNorm},
+                                           {0, 1 / (a * a * a)}};
+  static constexpr float kScale[4] = {1, a, a * a, a * a * a};
+
+  template <typename V>
+  static inline void input(const V (&d)[5], V (&t)[5]) {
+    constexpr float near = a * a, far = b * b;
+    const V minus_near(-near), minus_far(-far), product(near * far), minus_sum(-near - far);
+    const V odd_near = fmadd(minus_far, d[1], d[3]), even_near = fmadd(minus_far, d[0], d[2]);
+    const V odd_far = fmadd(minus_near, d[1], d[3]), even_far = fmadd(minus_near, d[0], d[2]);
+    t[0] = fmadd(V(static_cast<float>(a)), even_near, odd_near);
+    t[1] = fmadd(V(static_cast<float>(-a)), even_near, odd_near);
+    t[2] = fmadd(V(static_cast<float>(b)), even_far, odd_far);
+    t[3] = fmadd(V(static_cast<float>(-b)), even_far, odd_far);
+    t[4] = fmadd(product, d[0], fmadd(minus_sum, d[2], d[4]));
+  }
+
+  template <typename V>
+  static inline void output(const V (&t)[5], V (&y)[4]) {
+    const V near_sum = t[0] + t[1], near_difference = t[0] - t[1];
+    const V far_sum = t[2] + t[3], far_difference = t[2] - t[3];
+    y[0] = near_sum + far_sum;
+    y[1] = fmadd(V(3.0f), far_difference, near_difference);
+    y[2] = fmadd(V(9.0f), far_sum, near_sum);
+    y[3] = fmadd(V(27.0f), far_difference, near_difference) + t[4];
   }
 };
 

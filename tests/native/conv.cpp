@@ -18,6 +18,8 @@
 namespace fastres::cpu {
 // Stands in for capability.cpp, which asks PyTorch.
 Capability capability() { return Capability::kAvx2; }
+Bfloat16Unit bfloat16_unit() { return Bfloat16Unit::kNone; }
+double multiply_adds() { return 16; }
 }  // namespace fastres::cpu
 
 namespace {
@@ -92,13 +94,17 @@ double expected(const Problem& p, int64_t n, int64_t y, int64_t x, int64_t k) {
 
 Values packed(const Problem& p, int64_t panel) {
   const auto& s = p.shape;
-  const int64_t m = winograd_tile(p.algorithm);
-  const int64_t each =
-      m == 0 ? round_up(s.taps() * s.c, kChunk) : (m + 2) * (m + 2) * round_up(s.c, kChunk);
+  const int64_t each = is_winograd(p.algorithm) ? winograd_form(p.algorithm, s.r).depth(s.c)
+                                                : round_up(s.taps() * s.c, kChunk);
   Values out(round_up(s.k, panel) * each);
   const FilterView view{p.filters.data(), s.k, s.c, s.r, s.s, s.c * s.r * s.s, s.r * s.s, s.s, 1};
   const auto kernels = AVX2::pack_kernels<float>();
-  auto* const pack = m == 0 ? kernels.direct : m == 2 ? kernels.f2 : kernels.f4;
+  using enum ConvAlgorithm;
+  auto* const pack = p.algorithm == kDirect      ? kernels.direct
+                     : p.algorithm == kWinograd2 ? kernels.f2
+                     : p.algorithm == kWinograd4 ? kernels.f4
+                     : s.r == 3                  ? kernels.polyphase3
+                                                 : kernels.polyphase7;
   pack(view, {0, ceil_div(s.k, panel)}, out.data());
   return out;
 }
@@ -113,8 +119,13 @@ void run_job(const Problem& p, const ConvOperands<float>& operands, const ConvJo
     AVX2::direct_conv_kernel<float>().run(p.shape, operands, rows, panels, aligned);
     return;
   }
-  const auto kernels = AVX2::winograd_kernels<float>();
-  const auto run = p.algorithm == ConvAlgorithm::kWinograd2 ? kernels.f2 : kernels.f4;
+  using enum ConvAlgorithm;
+  const auto winograd = AVX2::winograd_kernels<float>();
+  const auto polyphase = AVX2::polyphase_kernels<float>();
+  auto* const run = p.algorithm == kWinograd2   ? winograd.f2
+                    : p.algorithm == kWinograd4 ? winograd.f4
+                    : p.shape.r == 3            ? polyphase.of3
+                                                : polyphase.of7;
   if (!run(p.shape, operands, rows, panels, aligned)) std::exit(1);
 }
 
@@ -175,12 +186,16 @@ int main() {
       make_shape(2, 7, 9, 48, 33, 1, 1, 0, 1), make_shape(1, 17, 17, 3, 20, 7, 2, 3, 1),
       make_shape(1, 9, 8, 16, 16, 3, 2, 1, 1), make_shape(1, 11, 11, 5, 9, 3, 1, 2, 2),
       make_shape(1, 6, 6, 8, 8, 1, 3, 0, 1),   make_shape(1, 1, 1, 64, 64, 1, 1, 0, 1)};
+  const ConvShape strided[] = {
+      make_shape(2, 15, 14, 17, 35, 3, 2, 1, 1), make_shape(1, 16, 16, 48, 33, 3, 2, 1, 1),
+      make_shape(1, 23, 21, 3, 40, 7, 2, 3, 1), make_shape(1, 13, 13, 20, 9, 7, 2, 3, 1)};
   for (const bool epilogue : {false, true}) {
     for (const auto& shape : winograd) {
       for (const auto algorithm : {kDirect, kWinograd2, kWinograd4}) {
         check(make_problem(shape, algorithm, epilogue));
       }
     }
+    for (const auto& shape : strided) check(make_problem(shape, kPolyphase, epilogue));
     for (const auto& shape : direct) check(make_problem(shape, kDirect, epilogue));
   }
   std::puts("conv: right");
