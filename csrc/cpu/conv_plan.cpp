@@ -9,9 +9,9 @@
 namespace fastres::cpu {
 namespace {
 
-// Pixels of a block: packed, they share the second-level cache with the panel that they meet.
+// Packed rows of a block: they share the second-level cache with the panel that they meet.
 constexpr int64_t kBlockValues = 256 * 1024;
-constexpr int64_t kMostPixels = 112, kLeastPixels = 14;
+constexpr int64_t kMostPixels = 112;
 // Rows below which another split of the channels serves better than another block.
 constexpr int64_t kLeastRows = 28;
 
@@ -105,7 +105,11 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice)
     return std::min({direct, kWinograd2, kWinograd4},
                     [&](auto a, auto b) { return cost(a) < cost(b); });
   }
-  if (can_compute(kPolyphase, shape) && cost(kPolyphase) < cost(direct)) return kPolyphase;
+  // Of few channels, 3x3 filters leave little to save.
+  const bool worthwhile = shape.r > 3 || shape.c >= kChunk;
+  if (worthwhile && can_compute(kPolyphase, shape) && cost(kPolyphase) < cost(direct)) {
+    return kPolyphase;
+  }
   if (direct == kDirectBf16) return direct;
   // Where every value is gathered once, that costs less than it saves; oneDNN gathers nothing.
   return shape.taps() == 1 || !choice.onednn ? kDirect : kOneDnn;
@@ -115,9 +119,8 @@ ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t pane
                    int64_t threads) {
   const auto work = work_of(shape, algorithm);
   const int64_t panels = ceil_div(shape.k, panel);
-  const int64_t most = is_winograd(algorithm)
-                           ? kMostTiles
-                           : std::clamp(kBlockValues / work.depth, kLeastPixels, kMostPixels);
+  const int64_t most_rows = is_winograd(algorithm) ? kMostTiles : kMostPixels;
+  const int64_t most = std::clamp(kBlockValues / work.depth, int64_t{14}, most_rows);
   int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));
   if (blocks > threads) blocks = std::min(round_up(blocks, threads), work.rows);
   blocks = std::max(blocks, int64_t{1});
