@@ -10,8 +10,8 @@ from learning import CLASSES, pictures, small_recipe, write_arrays, write_tree
 
 from fastres.training import RECIPES, Recipe, TrainingError, open_data, open_split
 from fastres.training.distributed import Ranks
-from fastres.training.errors import derive
 from fastres.training.loading import Batch, OrderedBatches, Prepared, ShuffledBatches, transform
+from fastres.training.seeds import derive
 
 pytestmark = pytest.mark.usefixtures("torchvision")
 Image = pytest.importorskip("PIL.Image")

@@ -92,7 +92,7 @@ def open_data(folder: Path, classes: Sequence[str] = ()) -> tuple[Images, Images
 
 def open_split(folder: Path, split: str, classes: Sequence[str] = ()) -> Images:
     """The images of ``split``, "train" or "test", in ``folder``."""
-    compat_torchvision()
+    need_torchvision()
     if not folder.is_dir():
         raise TrainingError(f"data: no such folder: {folder}")
     images = _open(folder, (split, "val") if split == "test" else (split,))
@@ -107,7 +107,7 @@ def open_split(folder: Path, split: str, classes: Sequence[str] = ()) -> Images:
     return images
 
 
-def compat_torchvision() -> None:
+def need_torchvision() -> None:
     """torchvision's datasets and transforms, importable; or an error that says how to get them."""
     try:
         compat.import_torchvision()

@@ -1,6 +1,5 @@
 """What goes wrong in training through no fault of the code."""
 
-import hashlib
 import importlib
 from types import ModuleType
 
@@ -17,10 +16,3 @@ def library(name: str) -> ModuleType:
         raise TrainingError(
             f"training needs {error.name}, which is not installed: pip install 'fastres[train]'"
         ) from error
-
-
-def derive(*numbers: int) -> int:
-    """A seed from ``numbers``: unrelated ones for neighbours, the same on every machine."""
-    text = " ".join(map(str, numbers)).encode()
-    # PyTorch's generator for the CPU looks at 32 bits of its seed
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest())

@@ -11,9 +11,9 @@ from torch.optim import lr_scheduler
 
 from ..convert import convert
 from .distributed import Ranks, synchronised
-from .errors import derive
 from .memory import peak_bytes
 from .recipes import Recipe
+from .seeds import derive
 from .settings import DTYPES, Settings
 
 

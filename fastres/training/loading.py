@@ -8,17 +8,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from .data import Images, UndecodableError, compat_torchvision
+from .data import Images, UndecodableError, need_torchvision
 from .distributed import Ranks
-from .errors import TrainingError, derive
+from .errors import TrainingError
 from .recipes import Recipe
+from .seeds import derive
 
 MODES = {1: "L", 3: "RGB"}
 
 
 def transform(recipe: Recipe, train: bool):
     """torchvision's transforms, from a pillow image to a (C, H, W) float32 tensor."""
-    compat_torchvision()
+    need_torchvision()
     from torchvision import transforms as T
 
     steps = []
