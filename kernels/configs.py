@@ -169,12 +169,17 @@ FP32_TILES = {
 # Groups of few channels are computed several at a time, as one dense group of this many channels
 # with zeros between them: a tensor core's tile would stay as empty without.
 MERGED_CHANNELS = 32
+# For sm_100 Triton 3.7 does not compile such groups into tcgen05's tiles, which have 64 rows or more.
+MERGED_TILES = {100: (Tile(32, 32, 64, 8, 4, 3),)}
 
 
 def candidates(problem: Problem) -> tuple[Tile, ...]:
     """The tiles worth a try: none that a masked tail would leave half empty while another fits."""
     if problem.kind == "descriptors" and problem.precision != "half":
         return ()
+    merged = problem.groups > 1 and problem.columns <= MERGED_CHANNELS
+    if merged and problem.precision == "half" and problem.architecture in MERGED_TILES:
+        return MERGED_TILES[problem.architecture]
     tiles = FP32_TILES.get(problem.precision) or TILES[problem.architecture][problem.kind]
     fitting = [
         tile

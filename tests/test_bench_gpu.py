@@ -339,8 +339,6 @@ def test_what_the_sanitizer_runs(interpreted_bench, monkeypatch):
         lambda self, *args, **keywords: (ran.add(self.fn.__name__), call(self, *args, **keywords)),
     )  # fmt: skip
     monkeypatch.setattr(small, "CONVOLUTIONS", small.CONVOLUTIONS[1:3])
-    # the tests' fixture lets small maps through, which the script has none of
-    monkeypatch.setattr(importlib.import_module("fastres.functional"), "_SMALL", 16384)
     small.main("cpu", (torch.float32,))
     assert triton and ran >= {
         "add_relu_kernel", "add_relu_backward_kernel", "moments_kernel", "finish_moments_kernel",

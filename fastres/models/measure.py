@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..timing import interleave, spread
 
@@ -40,6 +39,8 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
 
     What He et al. 2015 call FLOPs. Nothing is computed.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes long
+
     model = _on_meta(model)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(tuple(input_shape), device="meta"))
