@@ -214,3 +214,14 @@ def test_compile_freezes_the_weights(bench):
         module.bn.weight.mul_(2)
     with torch.no_grad():
         assert torch.equal(frozen(images), first), "folded weights do not follow the parameters"
+
+
+def test_openvinos_input_outlives_its_set_up(bench):
+    """It reads the images where they lie, and holds no reference to them."""
+    pytest.importorskip("openvino")
+    module = torch.nn.Conv2d(3, 4, 3).eval()
+    images = torch.randn(1, 3, 32, 32).bfloat16()
+    run = bench("external").openvino(module, (images,), torch.bfloat16)
+    others = [torch.full(images.shape, 1e30) for _ in range(64)]
+    torch.testing.assert_close(run(), module(images.float()), rtol=0.05, atol=0.05)
+    assert len(others) == 64
