@@ -17,9 +17,9 @@ constexpr int64_t kLeastRows = 28;
 
 // A core's cycles, for comparing one algorithm with another. Measured on a Xeon of the Sapphire
 // Rapids family and on Zen 4.
-constexpr double kBytes = 7;       // a cycle, of weights that are in no cache of the core
-constexpr double kTransform = 8;   // multiply-adds' time, a value of a transformed tile, in or out
-constexpr double kPackCycles = 3;  // a value of Winograd's filters
+constexpr double kBytes = 7;      // a cycle, of weights that are in no cache of the core
+constexpr double kTransform = 8;  // multiply-adds' time, a value of a transformed tile, in or out
+constexpr double kPack = 96;      // multiply-adds' time, a value of Winograd's filters
 
 std::atomic<int64_t> largest_tile{std::numeric_limits<int64_t>::max()};
 
@@ -44,8 +44,9 @@ double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice&
   const auto outputs = static_cast<double>(round_up(shape.k, choice.panel));
   const auto sums = rows * static_cast<double>(work.positions) * outputs;
   const bool pack = choice.pack && is_winograd(algorithm);
-  return (rows * depth * outputs + (rows * depth + sums) * kTransform) / multiply_adds() +
-         depth * outputs * sizeof(float) / kBytes + (pack ? depth * outputs * kPackCycles : 0);
+  const double products = rows * depth * outputs + (rows * depth + sums) * kTransform +
+                          (pack ? depth * outputs * kPack : 0);
+  return products / multiply_adds() + depth * outputs * sizeof(float) / kBytes;
 }
 
 }  // namespace
