@@ -94,6 +94,19 @@ def test_products_of_bfloat16_agree_with_eager(shape):
     assert_close(ours, eager, truth)
 
 
+@pytest.mark.skipif("not gains_by_bfloat16()", reason="products of bfloat16 gain nothing here")
+def test_packing_winograds_filters_must_pay_in_training():
+    """On 14x14 maps it took longer than oneDNN's whole convolution in bfloat16."""
+
+    def chosen(c, size):
+        x = torch.empty(8, c, size, size, device="meta", dtype=torch.bfloat16)
+        weight = torch.empty(c, c, 3, 3, device="meta", dtype=torch.bfloat16)
+        return ops.extension.conv_algorithm(x, weight, 1, 1, 1, True)
+
+    assert chosen(64, 56) == chosen(128, 28) == "winograd4"
+    assert chosen(256, 14) == "direct_bf16"
+
+
 def test_products_of_bfloat16_are_refused_where_there_are_none():
     input, weight, _ = operands((1, 3, 9, 9, 4, 3, 2, 1, 1), torch.bfloat16)
     with pytest.raises(ValueError, match="algorithm: direct_bf16 does not compute"):

@@ -70,8 +70,8 @@ bool run(const at::Tensor& input, const FilterView& filters, const OptionalTenso
              : run_as<c10::BFloat16>(x, filters, shift, shape, algorithm, y);
 }
 
-// Pixels up to which MKL's products of matrices are ahead of oneDNN's pointwise convolutions. On
-// processors of other makers than its own MKL does not use their widest vectors.
+// Pixels up to which MKL's products of matrices are ahead of oneDNN's pointwise convolutions: as
+// measured on a Xeon, and on Zen 4, where they are behind by 4 to 10 % at 1568 pixels.
 int64_t most_product_pixels() {
 #if defined(FASTRES_X86)
   __builtin_cpu_init();
