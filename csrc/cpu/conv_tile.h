@@ -120,12 +120,20 @@ FASTRES_INLINE void prefetch_panel(const T* p) {
 // Chunks that are summed up in one go. Longer sums are sums of such sums: they lose less.
 constexpr int64_t kGroup = 16;
 
-// store(row, left, right) gets the two vectors of every row's sums. It is passed by value: what it
-// holds is in registers then. coming.prefetch(row) is told of as many rows, bit by bit: memory that
-// is asked for all at once makes the weights wait. `earlier` has room for the sums of a tile.
+// to(row, left, right) gets the two vectors of every row's sums. next.prefetch(row) is told of as
+// many rows, bit by bit: memory that is asked for all at once makes the weights wait. `earlier` has
+// room for the sums of a tile.
+//
+// Structures come by reference and are copied here, member by member, into registers. Copied by the
+// caller, vector by vector, they would be read right after their members were written, which waits
+// until everything written before, the last tile's outputs, is in the cache.
 template <int kRows, typename Store>
-__attribute__((noinline)) void multiply(Panels in, Prefetch weights, Prefetch& rows, float* earlier,
-                                        Store store, Store coming) {
+__attribute__((noinline)) void multiply(const Panels& panels, const Prefetch& following,
+                                        Prefetch& rows, float* earlier, const Store& to,
+                                        const Store& next) {
+  Panels in = panels;
+  Prefetch weights = following;
+  const Store store = to, coming = next;
   Accumulators<kRows> sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
   const float* b = in.weight;
   int64_t prefetched = 0;
