@@ -24,10 +24,14 @@ def conv_bn_act(
     input: Tensor, conv: nn.Conv2d, bn: nn.Module, act: Act = None,
     residual: Tensor | None = None, via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
-    """``act(bn(conv(input)) + residual)``; ``via`` are identity modules behind ``bn``."""
-    output = conv_bn_act_by_extension(input, conv, bn, act, residual, via)
-    if output is not None:
-        return output
+    """``act(bn(conv(input)) + residual)``; ``via`` are identity modules behind ``bn``.
+
+    The extension looks at plain modules faster than Python does; see ``csrc/sites.h``.
+    """
+    if extension_serves("conv_bn_relu"):
+        output = ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
+        if output is not None:
+            return output
     if why_not_conv(conv) or input.dim() != 4:
         return bn_act(conv(input), bn, act, residual, via)
     if _why_not_rest(bn, act, residual, via):
@@ -64,14 +68,6 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
     ):
         return _add_act(input, residual, act)
     return functional.add_relu(input, residual)
-
-
-def conv_bn_act_by_extension(input, conv, bn, act, residual, via) -> Tensor | None:
-    """:func:`conv_bn_act` by the extension, which looks at plain modules faster than Python does;
-    None for anything else. See ``csrc/sites.h``."""
-    if extension_serves("conv_bn_relu"):
-        return ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
-    return None
 
 
 # --- which modules a fused call may stand for ----------------------------------------------------

@@ -9,6 +9,8 @@
 #include <ATen/ops/relu.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <atomic>
+
 #include "../checks.h"
 #include "capability.h"
 #include "conv_arguments.h"
@@ -110,13 +112,24 @@ ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const
 template <typename T>
 void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
              ConvAlgorithm algorithm, bool relu, const at::Tensor& y) {
+  const auto shape = shape_of(x, c.weight, c.geometry);
   const auto run = [&](ConvAlgorithm with) {
-    const auto folded = folded_conv(c, x.sizes(), with);
-    return run_conv<T>(
-        shape_of(x, c.weight, c.geometry), with,
-        {x.const_data_ptr<T>(), folded.weight.const_data_ptr<float>(),
-         folded.bias.const_data_ptr<float>(),
-         given(residual) ? residual->const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>(), relu});
+    for (;;) {
+      const auto folded = folded_conv(c, x.sizes(), with);
+      std::atomic<bool> stale{false};
+      const bool finite =
+          run_conv<T>(shape, with,
+                      {x.const_data_ptr<T>(), folded.weight.const_data_ptr<float>(),
+                       folded.bias.const_data_ptr<float>(),
+                       given(residual) ? residual->const_data_ptr<T>() : nullptr,
+                       y.mutable_data_ptr<T>(), relu},
+                      [&](Range filters) {
+                        if (folded.unchecked && !folded.unchecked->match(c.weight, filters))
+                          stale = true;
+                      });
+      if (!stale) return finite;
+      forget_folded(c);
+    }
   };
   if (!run(algorithm)) run(ConvAlgorithm::kDirect);
 }

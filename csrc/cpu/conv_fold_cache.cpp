@@ -78,37 +78,9 @@ at::Tensor pack_for_onednn(const at::Tensor& weight, const ConvGeometry& g,
   return op.call(weight, g.padding, g.stride, g.dilation, g.groups, input_size);
 }
 
-// One element of every filter, for filters are what is pruned and swapped through `.data`. The
-// loads do not wait for each other: most of them miss the caches.
-template <typename Word>
-void sample_filters(const at::Tensor& weight, char* out) {
-  const auto* p = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t filters = weight.size(0), stride = weight.stride(0);
-  const auto filter = static_cast<uint64_t>(weight.numel() / filters);
-  for (int64_t i = 0; i < filters; ++i) {
-    // Multiples of the golden ratio, modulo one, spread evenly and hit no regular pattern.
-    const auto fraction = static_cast<uint32_t>(static_cast<uint64_t>(i) * 0x9E3779B9u);
-    const auto inside = static_cast<int64_t>((fraction * filter) >> 32);
-    std::memcpy(out + i * sizeof(Word), p + (i * stride + inside) * sizeof(Word), sizeof(Word));
-  }
-}
-
-// Calls f(bytes, size) on everything that an entry's validity is judged by.
+// Calls f(bytes, size) on everything but the filters that an entry's validity is judged by.
 template <typename F>
 void visit_values(const ConvBn& c, const F& f) {
-  static thread_local std::vector<char> samples;
-  samples.resize(c.weight.size(0) * c.weight.itemsize());
-  switch (c.weight.itemsize()) {
-    case 2:
-      sample_filters<uint16_t>(c.weight, samples.data());
-      break;
-    case 4:
-      sample_filters<uint32_t>(c.weight, samples.data());
-      break;
-    default:
-      sample_filters<uint64_t>(c.weight, samples.data());
-  }
-  f(samples.data(), static_cast<int64_t>(samples.size()));
   const auto vector = [&](const at::Tensor* t) {
     const auto dtype = t ? t->scalar_type() : at::ScalarType::Undefined;
     f(&dtype, sizeof(dtype));
@@ -151,6 +123,7 @@ struct Entry {
   double eps;
   at::ScalarType dtype, weight_dtype;
   std::string values;
+  std::shared_ptr<const FilterSamples> samples;
   at::Tensor dense, bias;  // dense is made when it is asked for, dropped once there is a pack
   std::vector<Pack> packs;
 
@@ -165,6 +138,7 @@ struct Entry {
         eps(c.eps),
         dtype(c.dtype),
         weight_dtype(c.weight.scalar_type()),
+        samples(std::make_shared<FilterSamples>(c.weight)),
         bias(Fold(c).bias()) {
     visit_values(c, [&](const void* p, int64_t n) {
       values.append(static_cast<const char*>(p), static_cast<size_t>(n));
@@ -199,7 +173,7 @@ struct Entry {
   }
 
   int64_t bytes() const {
-    int64_t total = static_cast<int64_t>(values.size() + bias.nbytes());
+    int64_t total = static_cast<int64_t>(values.size() + bias.nbytes()) + samples->bytes();
     if (dense.defined()) total += static_cast<int64_t>(dense.nbytes());
     for (const auto& p : packs) {
       if (p.weight.defined()) total += p.weight.numel() * static_cast<int64_t>(p.weight.itemsize());
@@ -213,7 +187,7 @@ class FoldCache {
   FoldedConv get(const ConvBn& c, const Size& input_size, ConvAlgorithm algorithm) {
     if (!c.weight.is_non_overlapping_and_dense()) return unkept(c, algorithm);
     std::unique_lock lock(mutex_);
-    auto entry = find(c);
+    auto entry = find(c, algorithm);
     if (entry == nullptr) {
       lock.unlock();  // folding takes a while, and others need not wait
       entry = std::make_shared<Entry>(c);
@@ -222,10 +196,12 @@ class FoldCache {
     }
     if (algorithm == ConvAlgorithm::kAten) {
       if (!entry->dense.defined()) entry->dense = Fold(c).dense();
-      return {entry->dense, entry->bias};
+      return {entry->dense, entry->bias, nullptr};
     }
     const auto* known = find_pack(*entry, algorithm, input_size);
-    if (known != nullptr && known->weight.defined()) return {known->weight, entry->bias};
+    if (known != nullptr && known->weight.defined()) {
+      return {known->weight, entry->bias, entry->samples};
+    }
     const bool wait = algorithm == ConvAlgorithm::kOneDnn && known == nullptr;
     if (known == nullptr) add_pack(*entry, algorithm, input_size);
     auto dense = entry->dense;
@@ -234,7 +210,7 @@ class FoldCache {
     if (wait) {
       lock.lock();
       entry->dense = dense;
-      return {dense, entry->bias};
+      return {dense, entry->bias, nullptr};
     }
     const auto made = is_own(algorithm) ? Fold(c).packed(algorithm)
                                         : pack_for_onednn(dense, c.geometry, input_size);
@@ -243,7 +219,14 @@ class FoldCache {
       pack->weight = made;
       entry->dense = at::Tensor();
     }
-    return {made, entry->bias};
+    return {made, entry->bias, entry->samples};
+  }
+
+  void forget(const ConvBn& c) {
+    const std::lock_guard lock(mutex_);
+    const auto slot = entries_.find(storage_of(c.weight));
+    if (slot == entries_.end()) return;
+    std::erase_if(slot->second, [&](const auto& e) { return e->of_this_site(c); });
   }
 
   FoldCacheInfo info() {
@@ -268,7 +251,7 @@ class FoldCache {
   using Entries = std::vector<std::shared_ptr<Entry>>;
 
   // The valid entry of c; those that turn out stale are dropped. The lock is held.
-  std::shared_ptr<Entry> find(const ConvBn& c) {
+  std::shared_ptr<Entry> find(const ConvBn& c, ConvAlgorithm algorithm) {
     const auto slot = entries_.find(storage_of(c.weight));
     if (slot == entries_.end()) return nullptr;
     auto& entries = slot->second;
@@ -276,7 +259,8 @@ class FoldCache {
     const auto it = std::find_if(entries.begin(), entries.end(),
                                  [&](const auto& e) { return e->of_this_site(c); });
     if (it == entries.end()) return nullptr;
-    if ((*it)->same_values(c)) return *it;
+    const bool same_filters = is_own(algorithm) || (*it)->samples->match(c.weight);
+    if (same_filters && (*it)->same_values(c)) return *it;
     entries.erase(it);
     return nullptr;
   }
@@ -284,7 +268,7 @@ class FoldCache {
   // Folded for this call only.
   static FoldedConv unkept(const ConvBn& c, ConvAlgorithm algorithm) {
     const Fold fold(c);
-    return {is_own(algorithm) ? fold.packed(algorithm) : fold.dense(), fold.bias()};
+    return {is_own(algorithm) ? fold.packed(algorithm) : fold.dense(), fold.bias(), nullptr};
   }
 
   void add_entry(const ConvBn& c, const std::shared_ptr<Entry>& entry) {
@@ -333,6 +317,8 @@ FoldCache& cache() {
 FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, ConvAlgorithm algorithm) {
   return cache().get(c, {input_size[0], input_size[1], input_size[2], input_size[3]}, algorithm);
 }
+
+void forget_folded(const ConvBn& c) { cache().forget(c); }
 
 FoldCacheInfo fold_cache_info() { return cache().info(); }
 

@@ -5,15 +5,20 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
+#include <memory>
 
 #include "../conv_bn.h"
 #include "conv_plan.h"
+#include "filter_samples.h"
 
 namespace fastres::cpu {
 
 struct FoldedConv {
   at::Tensor weight, bias;  // weight: dense in channels_last, or packed for an algorithm
+  // Null where nothing is left to check. Else the caller does, on all its threads, for at batch 1
+  // this takes a hundredth of the convolution's time; where filters no longer match, it forgets the
+  // entry and begins again.
+  std::shared_ptr<const FilterSamples> unchecked;
 };
 
 // The folded weights of c, packed for the algorithm, from the cache where it has them.
@@ -25,6 +30,7 @@ struct FoldedConv {
 // second time, for weights that are computed anew at each call; until then, and for kAten, weights
 // are dense. Both give the same bits.
 FoldedConv folded_conv(const ConvBn& c, at::IntArrayRef input_size, ConvAlgorithm algorithm);
+void forget_folded(const ConvBn& c);
 
 struct FoldCacheInfo {
   int64_t entries, bytes;

@@ -40,7 +40,8 @@ int64_t conv_panel() {
 }
 
 template <typename T>
-bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands) {
+bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands,
+              c10::function_ref<void(Range)> beside) {
   const auto direct = direct_kernel<T>(algorithm);
   WinogradJob<T>* const winograd = winograd_job<T>(algorithm, shape);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
@@ -59,12 +60,16 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
         finite.store(false, std::memory_order_relaxed);
       }
     }
+    beside({shape.k * begin / jobs.count(), shape.k * end / jobs.count()});
   });
   return finite;
 }
 
-template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<float>&);
-template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::BFloat16>&);
-template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::Half>&);
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<float>&,
+                       c10::function_ref<void(Range)>);
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::BFloat16>&,
+                       c10::function_ref<void(Range)>);
+template bool run_conv(const ConvShape&, ConvAlgorithm, const ConvOperands<c10::Half>&,
+                       c10::function_ref<void(Range)>);
 
 }  // namespace fastres::cpu

@@ -8,14 +8,16 @@ import operator
 
 from torch import Tensor
 
-from .. import sites
+from .. import ops, sites
+from ..backend import extension_serves
 
 
 def conv_bn_add_act(input, conv, bn, act, residual, via=(), in_place=False):
     """``act(bn(conv(input)) + residual)``, or ``+=``."""
-    output = sites.conv_bn_act_by_extension(input, conv, bn, act, residual, via)
-    if output is not None:  # and so the residual fits
-        return output
+    if extension_serves("conv_bn_relu"):
+        output = ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
+        if output is not None:  # and so the residual fits
+            return output
     if in_place and not _fits(residual, input, conv):
         output = sites.conv_bn_act(input, conv, bn, via=via)
         return act(operator.iadd(output, residual))

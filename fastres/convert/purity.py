@@ -79,6 +79,11 @@ def attribute_path(path: str) -> str:
     return expression
 
 
+def module_path(path: str) -> str:
+    """``self`` and the dotted ``path`` of a registered module as an expression."""
+    return "self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
+
+
 def is_authors(code: types.CodeType) -> bool:
     """Whether code is neither PyTorch's nor fastres's nor Python's own."""
     file = code.co_filename
