@@ -3,7 +3,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/mm.h>
 
 #include <string>
 #include <utility>
@@ -12,6 +11,7 @@
 #include "capability.h"
 #include "conv_arguments.h"
 #include "conv_pack.h"
+#include "conv_product.h"
 #include "conv_run.h"
 #include "memory.h"
 #include "operators.h"
@@ -71,37 +71,6 @@ bool run(const at::Tensor& input, const FilterView& filters, const OptionalTenso
              : run_as<c10::BFloat16>(x, filters, shift, shape, algorithm, y);
 }
 
-// Pixels up to which MKL's products of matrices are ahead of oneDNN's pointwise convolutions: as
-// measured on a Xeon, and on Zen 4, where they are behind by 4 to 10 % at 1568 pixels.
-int64_t most_product_pixels() {
-#if defined(FASTRES_X86)
-  __builtin_cpu_init();
-  static const bool intel = __builtin_cpu_is("intel");
-  return intel ? 2048 : 1024;
-#else
-  return 2048;
-#endif
-}
-
-// Pointwise convolutions of few pixels, which a plain product of matrices does faster than oneDNN.
-bool is_product(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
-  constexpr ConvGeometry kPointwise{{1, 1}, {0, 0}, {1, 1}, 1};
-  return g == kPointwise && weight.size(2) == 1 && weight.size(3) == 1 && weight.size(1) > 1 &&
-         weight.size(0) > 1 && x.scalar_type() == at::kFloat &&
-         x.scalar_type() == weight.scalar_type() && x.numel() > 0 &&
-         x.size(0) * x.size(2) * x.size(3) <= most_product_pixels();
-}
-
-// (pixels, channels), without a copy where t is in channels_last.
-at::Tensor as_matrix(const at::Tensor& t) {
-  return t.permute({0, 2, 3, 1}).reshape({-1, t.size(1)});
-}
-
-// The way back: an activation of n maps of h x w pixels in channels_last.
-at::Tensor as_maps(const at::Tensor& matrix, int64_t n, int64_t h, int64_t w) {
-  return matrix.view({n, h, w, matrix.size(1)}).permute({0, 3, 1, 2});
-}
-
 at::Tensor empty_last(at::IntArrayRef size, const at::Tensor& like) {
   return empty_output(size, like.scalar_type(), at::MemoryFormat::ChannelsLast);
 }
@@ -135,9 +104,8 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const Optiona
   const bool last = output_format(input) == at::MemoryFormat::ChannelsLast ||
                     output_format(weight) == at::MemoryFormat::ChannelsLast;
   const auto as_asked = [&](const at::Tensor& y) { return last ? y : y.contiguous(); };
-  if (is_product(input, weight, geometry) && !given(bias)) {
-    const auto y = at::mm(as_matrix(input), weight.flatten(1).t());
-    return as_asked(as_maps(y, input.size(0), input.size(2), input.size(3)));
+  if (is_product(input, weight, geometry, Pass::kFprop) && !given(bias)) {
+    return as_asked(product_fprop(input, weight, geometry));
   }
   const auto shape = shape_of(input, weight, geometry);
   const auto algorithm = algorithm_of(input, weight, shape, groups);
@@ -167,9 +135,8 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
   const auto as_asked = [&](const at::Tensor& y) {
     return output_format(input) == at::MemoryFormat::ChannelsLast ? y : y.contiguous();
   };
-  if (is_product(grad_output, weight, g)) {
-    const auto y = at::mm(as_matrix(grad_output), weight.flatten(1));
-    return as_asked(as_maps(y, input.size(0), input.size(2), input.size(3)));
+  if (is_product(input, weight, g, Pass::kDgrad)) {
+    return as_asked(product_dgrad(grad_output, input, weight, g));
   }
   constexpr Pair kOnes{1, 1};
   const Pair full{weight.size(2) - 1 - g.padding[0], weight.size(3) - 1 - g.padding[1]};
@@ -198,9 +165,9 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               std::array<bool, 2> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto g = check_geometry(stride, padding, dilation, groups);
-  if (is_product(input, weight, g) && output_mask[0] && !output_mask[1]) {
-    const auto product = at::mm(as_matrix(grad_output).t(), as_matrix(input));
-    return {product.view(weight.sizes()), weight.new_empty({0})};
+  if (is_product(input, weight, g, Pass::kWgrad) && output_mask[0] && !output_mask[1]) {
+    const auto grad_weight = product_wgrad(grad_output, input, weight, g);
+    return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
   }
   const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
   const auto dtype = widen ? at::kFloat : input.scalar_type();
