@@ -74,8 +74,9 @@ at::Tensor convolve_add(const at::Tensor& x, const at::Tensor& residual, const F
                  at::Scalar(1.0), relu ? Text("relu") : Text(), Scalars(), "");
 }
 
-// What a call of oneDNN costs beside its arithmetic is more than such a small convolution takes:
-// ATen, too, computes these as a plain matrix product. It lays out the weights at every call.
+// What a call of oneDNN costs beside its arithmetic is more than such a small convolution takes.
+// Where the project has no kernels of its own, ATen computes these as a plain matrix product, and
+// lays out the weights at every call.
 bool is_tiny(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   constexpr int64_t kMultiplyAdds = 1 << 21, kWeights = 1 << 16, kElements = 20480;
   if (x.size(0) != 1 || g.groups != 1 || x.numel() > kElements) return false;
@@ -99,7 +100,7 @@ at::Tensor convolve_tiny(const at::Tensor& x, const OptionalTensor& residual, co
 ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   const auto dtype = x.scalar_type();
   if (g.groups != 1 || x.numel() == 0 || dtype == at::kDouble) return ConvAlgorithm::kOneDnn;
-  bool onednn = onednn_serves(dtype);
+  bool onednn = onednn_serves(dtype) && !is_tiny(x, weight, g);
   if (dtype == at::kHalf && onednn) return ConvAlgorithm::kOneDnn;
   const auto unit = dtype == at::kBFloat16 ? bfloat16_unit() : Bfloat16Unit::kNone;
   if (unit == Bfloat16Unit::kMatrix && onednn) return ConvAlgorithm::kOneDnn;
