@@ -25,13 +25,16 @@ std::atomic<int64_t> largest_tile{std::numeric_limits<int64_t>::max()};
 
 struct Work {
   int64_t rows, depth, positions;  // of the products, one a position; their depth in all
+  double share = 1;                // of the rows that a position has, on average
 };
 
 Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
   if (is_winograd(algorithm)) {
     const auto form = winograd_form(algorithm, shape.r);
-    const WinogradGrid grid(shape, form.m);
-    return {grid.tiles(shape), form.depth(shape.c), form.positions()};
+    const WinogradGrid grid(shape, form);
+    const int64_t tiles = grid.tiles(shape), products = grid.products(shape, form);
+    return {tiles, form.depth(shape.c), form.positions(),
+            static_cast<double>(products) / static_cast<double>(tiles * form.positions())};
   }
   const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
   return {shape.pixels(), round_up(shape.taps() * c, kChunk), 1};
@@ -39,7 +42,7 @@ Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
 
 double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice& choice) {
   const auto work = work_of(shape, algorithm);
-  const auto rows = static_cast<double>(work.rows);
+  const auto rows = static_cast<double>(work.rows) * work.share;
   const auto depth = static_cast<double>(work.depth);
   const auto outputs = static_cast<double>(round_up(shape.k, choice.panel));
   const auto sums = rows * static_cast<double>(work.positions) * outputs;

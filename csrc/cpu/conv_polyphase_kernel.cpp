@@ -48,13 +48,13 @@ void gather_phase(const ConvShape& shape, const T* input, const Origin& origin, 
       return origin.pixel(shape, input, 2 * y + row_phase, 2 * x + column_phase) + c;
     };
     if (inner && lanes >= kVec) {
-      transform_input<m, r>(
+      transform_input<m, m, r>(
           [&](int y, int x) FASTRES_INLINED {
             return y < kHeight && x < kWidth ? load_vec(at(y, x)) : Vec(0.0f);
           },
           store);
     } else {
-      transform_input<m, r>(
+      transform_input<m, m, r>(
           [&](int y, int x) FASTRES_INLINED {
             const bool inside = y < kHeight && x < kWidth &&
                                 origin.has(shape, 2 * y + row_phase, 2 * x + column_phase);
@@ -96,7 +96,7 @@ void gather_shared(const ConvShape& shape, const T* input, const Origin& origin,
     }
   }
   for (int64_t c = 0; c < kChunk; c += kVec) {
-    transform_input<m, r>(
+    transform_input<m, m, r>(
         [&](int y, int x)
             FASTRES_INLINED { return Vec::loadu(pixels + (y * kIn + x) * kChunk + c); },
         [&](int y, int x, Vec value)
@@ -105,13 +105,12 @@ void gather_shared(const ConvShape& shape, const T* input, const Origin& origin,
 }
 
 template <int m, int r, typename T>
-void gather_tiles(const ConvShape& shape, const T* input, Range tiles, float* rows,
+void gather_tiles(const ConvShape& shape, const T* input, const JobTiles& tiles, float* rows,
                   int64_t position_stride) {
-  const WinogradGrid grid(shape, m);
-  const int64_t count = tiles.size();
+  const int64_t count = tiles.count;
   const bool shared = WinogradForm{m, r, 2}.shares_chunk(shape.c);
   for (int64_t row = 0; row < count; ++row, rows += kChunk) {
-    const Origin origin(shape, Corner(grid, tiles.begin + row));
+    const Origin origin(shape, tiles.corners[row]);
     if (shared) {
       gather_shared<m, r>(shape, input, origin, rows, position_stride);
       continue;
@@ -126,10 +125,11 @@ void gather_tiles(const ConvShape& shape, const T* input, Range tiles, float* ro
 template <int m, int r, typename T>
 bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
          float* scratch) {
-  return run_winograd<m, r, 2>(
-      shape, operands, tiles, panels, scratch, [&](float* rows, int64_t position_stride) {
-        gather_tiles<m, r>(shape, operands.input, tiles, rows, position_stride);
-      });
+  return run_winograd<m, r, 2>(shape, operands, tiles, panels, scratch,
+                               [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
+                                 gather_tiles<m, r>(shape, operands.input, tiles, rows,
+                                                    position_stride);
+                               });
 }
 
 }  // namespace

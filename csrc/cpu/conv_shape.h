@@ -1,6 +1,7 @@
 // What the project's own convolutions are given: one group, NHWC activations.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -48,6 +49,10 @@ struct WinogradForm {
   constexpr int64_t side() const { return m + r - 1; }
   constexpr int64_t positions() const { return side() * side(); }
 
+  // Whether tiles may be a row or a column shorter: a tile of F(4, 3) that is meets the same
+  // filters at five of the six points.
+  constexpr bool mixes() const { return m == 4 && r == 3; }
+
   // Of few channels, all phases fill one chunk together: [row's phase][column's][channel].
   constexpr bool shares_chunk(int64_t c) const { return stride == 2 && 4 * c <= kChunk; }
 
@@ -77,14 +82,36 @@ struct WinogradForm {
   }
 };
 
-// Output tiles of m x m.
+// Tiles along one dimension of the output. Where they would reach over its end the last ones, as
+// many as are needed, are one shorter if they may: 14 is 4 + 4 + 3 + 3, which saves a sixth of the
+// multiplications.
+struct TileAxis {
+  int64_t m, count, shorter;
+
+  TileAxis(int64_t size, const WinogradForm& form)
+      : m(form.m),
+        count(ceil_div(size, m)),
+        shorter(form.mixes() ? std::min(m * count - size, count) : 0) {}
+
+  bool is_shorter(int64_t i) const { return i >= count - shorter; }
+  int64_t begin(int64_t i) const { return m * i - std::max(i - (count - shorter), int64_t{0}); }
+
+  // Interpolation points of all of them.
+  int64_t points(const WinogradForm& form) const { return count * form.side() - shorter; }
+};
+
 struct WinogradGrid {
-  int64_t m, rows, columns;
+  TileAxis rows, columns;
 
-  WinogradGrid(const ConvShape& shape, int64_t m)
-      : m(m), rows(ceil_div(shape.p, m)), columns(ceil_div(shape.q, m)) {}
+  WinogradGrid(const ConvShape& shape, const WinogradForm& form)
+      : rows(shape.p, form), columns(shape.q, form) {}
 
-  int64_t tiles(const ConvShape& shape) const { return shape.n * rows * columns; }
+  int64_t tiles(const ConvShape& shape) const { return shape.n * rows.count * columns.count; }
+
+  // Products that are summed up, for every input and output channel.
+  int64_t products(const ConvShape& shape, const WinogradForm& form) const {
+    return shape.n * rows.points(form) * columns.points(form);
+  }
 };
 
 // [begin, end)

@@ -13,62 +13,119 @@ template <int m, int r>
 struct Tiling {
   static constexpr int kIn = m + r - 1;
   static constexpr int64_t kPositions = kIn * kIn;
+
+  // Where the i-th point stands among those of the form that it belongs to.
+  static constexpr int place(int i) {
+    if constexpr (requires { Winograd<m, r>::kPlaces; }) {
+      return Winograd<m, r>::kPlaces[i];
+    } else {
+      return i;
+    }
+  }
 };
+
+// Tiles of m x m, and those that are a row or a column shorter, or both: in this order those that
+// have a position in common are neighbours, see JobTiles::having.
+enum TileKind { kFlat, kWhole, kNarrow, kSmall, kKinds };
+
+// f<rows, columns>() with the size of such a tile.
+template <int m, int r, typename F>
+FASTRES_INLINE void with_size(TileKind kind, const F& f) {
+  if constexpr (WinogradForm{m, r, 1}.mixes()) {
+    if (kind == kFlat) return f.template operator()<m - 1, m>();
+    if (kind == kNarrow) return f.template operator()<m, m - 1>();
+    if (kind == kSmall) return f.template operator()<m - 1, m - 1>();
+  }
+  f.template operator()<m, m>();
+}
 
 // The tile's corner in the output.
 struct Corner {
   int64_t n, p, q;
+  TileKind kind;
 
-  Corner(const WinogradGrid& grid, int64_t tile)
-      : n(tile / (grid.rows * grid.columns)),
-        p(tile / grid.columns % grid.rows * grid.m),
-        q(tile % grid.columns * grid.m) {}
+  Corner() = default;
+  Corner(const WinogradGrid& grid, int64_t tile) {
+    const int64_t row = tile / grid.columns.count, column = tile % grid.columns.count;
+    const int64_t row_of_image = row % grid.rows.count;
+    n = row / grid.rows.count;
+    p = grid.rows.begin(row_of_image);
+    q = grid.columns.begin(column);
+    const bool narrow = grid.columns.is_shorter(column);
+    kind = grid.rows.is_shorter(row_of_image) ? (narrow ? kSmall : kFlat)
+                                              : (narrow ? kNarrow : kWhole);
+  }
 };
 
-// B^T d B of one vector of channels: load(y, x) gives the tile's values, store(y, x, value) gets
-// the transform's.
-template <int m, int r, typename Load, typename Store>
+// A job's tiles in the order of their kinds.
+struct JobTiles {
+  int64_t count = 0;
+  int64_t ends[kKinds];
+  Corner corners[kMostTiles];
+
+  JobTiles(const WinogradGrid& grid, Range tiles) {
+    Corner all[kMostTiles];
+    for (int64_t i = 0; i < tiles.size(); ++i) all[i] = Corner(grid, tiles.begin + i);
+    for (int kind = 0; kind < kKinds; ++kind) {
+      for (int64_t i = 0; i < tiles.size(); ++i) {
+        if (all[i].kind == kind) corners[count++] = all[i];
+      }
+      ends[kind] = count;
+    }
+  }
+
+  // Those that have a position, which is missing from tiles of fewer rows, of fewer columns.
+  Range having(bool all_rows, bool all_columns) const {
+    return {all_rows ? ends[kFlat] : 0,
+            all_columns ? ends[kWhole] : (all_rows ? ends[kNarrow] : ends[kSmall])};
+  }
+};
+
+// B^T d B of one vector of channels, for a tile of so many rows and columns: load(y, x) gives the
+// tile's values, store(y, x, value) gets the transform's.
+template <int rows, int columns, int r, typename Load, typename Store>
 FASTRES_INLINE void transform_input(const Load& load, const Store& store) {
-  constexpr int kIn = Tiling<m, r>::kIn;
-  Vec half[kIn][kIn];
+  constexpr int kHeight = rows + r - 1, kWidth = columns + r - 1;
+  Vec half[kHeight][kWidth];
 #pragma GCC unroll 6
-  for (int x = 0; x < kIn; ++x) {
-    Vec d[kIn], t[kIn];
+  for (int x = 0; x < kWidth; ++x) {
+    Vec d[kHeight], t[kHeight];
 #pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) d[y] = load(y, x);
-    Winograd<m, r>::input(d, t);
+    for (int y = 0; y < kHeight; ++y) d[y] = load(y, x);
+    Winograd<rows, r>::input(d, t);
 #pragma GCC unroll 6
-    for (int y = 0; y < kIn; ++y) half[y][x] = t[y];
+    for (int y = 0; y < kHeight; ++y) half[y][x] = t[y];
   }
 #pragma GCC unroll 6
-  for (int y = 0; y < kIn; ++y) {
-    Vec t[kIn];
-    Winograd<m, r>::input(half[y], t);
+  for (int y = 0; y < kHeight; ++y) {
+    Vec t[kWidth];
+    Winograd<columns, r>::input(half[y], t);
 #pragma GCC unroll 6
-    for (int x = 0; x < kIn; ++x) store(y, x, t[x]);
+    for (int x = 0; x < kWidth; ++x) store(y, x, t[x]);
   }
 }
 
-// A^T t A of one vector of channels; store(y, x, value) gets the tile's values.
-template <int m, int r, typename Store>
-FASTRES_INLINE void transform_output(const float* in, int64_t position_stride, const Store& store) {
-  constexpr int kIn = Tiling<m, r>::kIn;
-  Vec half[m][kIn];
+// A^T t A of one vector of channels: load(y, x) gives the sums, store(y, x, value) gets the tile's
+// values.
+template <int rows, int columns, int r, typename Load, typename Store>
+FASTRES_INLINE void transform_output(const Load& load, const Store& store) {
+  constexpr int kHeight = rows + r - 1, kWidth = columns + r - 1;
+  Vec half[rows][kWidth];
 #pragma GCC unroll 6
-  for (int x = 0; x < kIn; ++x) {
-    Vec t[kIn], y[m];
+  for (int x = 0; x < kWidth; ++x) {
+    Vec t[kHeight], y[rows];
 #pragma GCC unroll 6
-    for (int i = 0; i < kIn; ++i) t[i] = Vec::loadu(in + (i * kIn + x) * position_stride);
-    Winograd<m, r>::output(t, y);
+    for (int i = 0; i < kHeight; ++i) t[i] = load(i, x);
+    Winograd<rows, r>::output(t, y);
 #pragma GCC unroll 4
-    for (int i = 0; i < m; ++i) half[i][x] = y[i];
+    for (int i = 0; i < rows; ++i) half[i][x] = y[i];
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < m; ++i) {
-    Vec y[m];
-    Winograd<m, r>::output(half[i], y);
+  for (int i = 0; i < rows; ++i) {
+    Vec y[columns];
+    Winograd<columns, r>::output(half[i], y);
 #pragma GCC unroll 4
-    for (int j = 0; j < m; ++j) store(i, j, y[j]);
+    for (int j = 0; j < columns; ++j) store(i, j, y[j]);
   }
 }
 
@@ -80,7 +137,8 @@ Prefetch prefetch_tiles(const ConvShape& shape, const WinogradGrid& grid, const 
   const int64_t size = shape.n * shape.h * shape.w;
   const int64_t y = corner.p * shape.stride[0] - shape.padding[0] + 2;
   const int64_t first = (corner.n * shape.h + y) * shape.w + corner.q * shape.stride[1];
-  const int64_t pixels = tiles.size() * grid.m * grid.m * shape.stride[0] * shape.stride[1];
+  const int64_t m = grid.rows.m;
+  const int64_t pixels = tiles.size() * m * m * shape.stride[0] * shape.stride[1];
   const auto at = [&](int64_t pixel) {
     return input + std::clamp(pixel, int64_t{0}, size) * shape.c;
   };
@@ -116,69 +174,93 @@ struct ToSums {
 
 alignas(64) inline constexpr float kZeros[kPanel] = {};
 
-// The sums of one panel at the tiles, transformed back: false where one is not finite.
+// A tile's sums of one panel, transformed back. `checked` becomes NaN with the first Inf or NaN.
+template <int rows, int columns, int m, int r, typename T>
+FASTRES_INLINE void finish_tile(const ConvShape& shape, const ConvOperands<T>& operands,
+                                const Finish<T>& finish, const Corner& corner, int64_t channel,
+                                const Start& bias, const float* sums, int64_t position_stride,
+                                Vec& checked) {
+  constexpr int kIn = Tiling<m, r>::kIn;
+  const int64_t first = ((corner.n * shape.p + corner.p) * shape.q + corner.q) * shape.k + channel;
+  const int64_t height = std::min<int64_t>(rows, shape.p - corner.p);
+  const int64_t width = std::min<int64_t>(columns, shape.q - corner.q);
+  for (int64_t lane = 0; lane < std::min(kPanel, shape.k - channel); lane += kVec) {
+    const int64_t lanes = std::min(kVec, shape.k - channel - lane);
+    const Vec shift = Vec::loadu(bias.value + lane);
+    transform_output<rows, columns, r>(
+        [&](int y, int x) FASTRES_INLINED {
+          const int position = Tiling<rows, r>::place(y) * kIn + Tiling<columns, r>::place(x);
+          return Vec::loadu(sums + lane + position * position_stride);
+        },
+        [&](int y, int x, Vec sum) FASTRES_INLINED {
+          if (y >= height || x >= width) return;
+          checked = at::vec::fmadd(sum, Vec(0.0f), checked);
+          const int64_t to = first + lane + (y * shape.q + x) * shape.k;
+          const Vec scale(Winograd<rows, r>::kScale[y] * Winograd<columns, r>::kScale[x]);
+          store_vec(finish(at::vec::fmadd(sum, scale, shift), to, lanes), operands.output + to,
+                    lanes);
+        });
+  }
+}
+
+// False where a sum is not finite.
 template <int m, int r, typename T>
-bool finish_tiles(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles,
+bool finish_tiles(const ConvShape& shape, const ConvOperands<T>& operands, const JobTiles& tiles,
                   int64_t channel, const float* sums, int64_t position_stride) {
-  const WinogradGrid grid(shape, m);
   const auto finish = finish_of(operands);
   const Start bias(operands.bias, channel, shape.k);
-  Vec checked(0.0f);  // becomes NaN with the first Inf or NaN
-  for (int64_t row = 0; row < tiles.size(); ++row) {
-    const Corner corner(grid, tiles.begin + row);
-    const int64_t first =
-        ((corner.n * shape.p + corner.p) * shape.q + corner.q) * shape.k + channel;
-    const int64_t height = std::min<int64_t>(m, shape.p - corner.p);
-    const int64_t width = std::min<int64_t>(m, shape.q - corner.q);
-    for (int64_t lane = 0; lane < std::min(kPanel, shape.k - channel); lane += kVec) {
-      const int64_t lanes = std::min(kVec, shape.k - channel - lane);
-      const Vec shift = Vec::loadu(bias.value + lane);
-      transform_output<m, r>(
-          sums + row * kPanel + lane, position_stride, [&](int y, int x, Vec sum) FASTRES_INLINED {
-            if (y >= height || x >= width) return;
-            checked = at::vec::fmadd(sum, Vec(0.0f), checked);
-            const int64_t to = first + lane + (y * shape.q + x) * shape.k;
-            const Vec scale(Winograd<m, r>::kScale[y] * Winograd<m, r>::kScale[x]);
-            store_vec(finish(at::vec::fmadd(sum, scale, shift), to, lanes), operands.output + to,
-                      lanes);
-          });
-    }
+  Vec checked(0.0f);
+  for (int64_t row = 0; row < tiles.count; ++row) {
+    const auto& corner = tiles.corners[row];
+    with_size<m, r>(corner.kind, [&]<int rows, int columns>() FASTRES_INLINED {
+      finish_tile<rows, columns, m, r>(shape, operands, finish, corner, channel, bias,
+                                       sums + row * kPanel, position_stride, checked);
+    });
   }
   return (checked == checked).zero_mask() == 0;
 }
 
-// gather(rows, position_stride) transforms the tiles of the input into rows
+// gather(tiles, rows, position_stride) transforms the tiles of the input into rows
 // [position][chunk][tile][16].
 template <int m, int r, int stride, typename T, typename Gather>
-bool run_winograd(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles,
+bool run_winograd(const ConvShape& shape, const ConvOperands<T>& operands, Range range,
                   Range panels, float* scratch, const Gather& gather) {
   constexpr WinogradForm kForm{m, r, stride};
+  constexpr int kIn = Tiling<m, r>::kIn;
   constexpr int64_t kPositions = Tiling<m, r>::kPositions;
-  const int64_t count = tiles.size(), depth = kForm.depth(shape.c);
+  const WinogradGrid grid(shape, kForm);
+  const JobTiles tiles(grid, range);
+  const int64_t count = tiles.count, depth = kForm.depth(shape.c);
   const int64_t in_stride = kForm.rows_stride(shape.c, count),
                 out_stride = count * kPanel + kPositionSkew;
   float* const sums = scratch + kPositions * in_stride;
-  gather(scratch, in_stride);
-  const WinogradGrid grid(shape, m);
-  auto coming = prefetch_tiles(shape, grid, operands.input, tiles,
+  gather(tiles, scratch, in_stride);
+  auto coming = prefetch_tiles(shape, grid, operands.input, range,
                                panels.size() * tiles_of(count) * kForm.chunks(shape.c));
   // A tile of rows may reach over the end by less than its height.
   int64_t corners[kMostTiles + kTileRows] = {};
   for (int64_t row = 0; row < count; ++row) {
-    const Corner at(grid, tiles.begin + row);
+    const Corner& at = tiles.corners[row];
     corners[row] = ((at.n * shape.p + at.p) * shape.q + at.q) * shape.k;
   }
   bool finite = true;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const float* weight = operands.weight + panel * depth * kPanel;
-    for (int64_t position = 0; position < kPositions; ++position) {
-      const Panels in{scratch + position * in_stride,  count * kChunk, weight,
-                      kForm.chunks(shape.c, position), kZeros,         kForm.chunk_depth(shape.c)};
+    for (int position = 0; position < kPositions; ++position) {
+      const bool mixed = kForm.mixes();
+      const auto having = tiles.having(mixed && position / kIn == m, mixed && position % kIn == m);
+      const Panels in{scratch + position * in_stride + having.begin * kChunk,
+                      count * kChunk,
+                      weight,
+                      kForm.chunks(shape.c, position),
+                      kZeros,
+                      kForm.chunk_depth(shape.c)};
       const int64_t pixel = (position / m * shape.q + position % m) * shape.k + panel * kPanel;
       const T* const residual = operands.residual == nullptr ? nullptr : operands.residual + pixel;
-      const ToSums<T> to{sums + position * out_stride, position < m * m ? corners : nullptr,
+      const ToSums<T> to{sums + position * out_stride + having.begin * kPanel,
+                         position < m * m ? corners + having.begin : nullptr,
                          operands.output + pixel, residual};
-      multiply_panel(count, in, coming, to);
+      multiply_panel(having.size(), in, coming, to);
       weight += in.weights();
     }
     finite &= finish_tiles<m, r>(shape, operands, tiles, panel * kPanel, sums, out_stride);

@@ -4,37 +4,33 @@
 namespace fastres::cpu::CPU_CAPABILITY {
 namespace {
 
-// All channels of the tiles into rows [position][chunk][tile][16].
-template <int m, typename T>
-void gather_tiles(const ConvShape& shape, const T* input, Range tiles, float* rows,
-                  int64_t position_stride) {
+// All channels of a tile into its rows [position][chunk][tile][16].
+template <int height, int width, int m, typename T>
+FASTRES_INLINE void gather_tile(const ConvShape& shape, const T* input, const Corner& corner,
+                                int64_t count, float* rows, int64_t position_stride) {
   constexpr int kIn = Tiling<m, 3>::kIn;
-  const WinogradGrid grid(shape, m);
-  const int64_t count = tiles.size();
-  for (int64_t row = 0; row < count; ++row) {
-    const Corner corner(grid, tiles.begin + row);
-    const int64_t top = corner.p - shape.padding[0], left = corner.q - shape.padding[1];
-    const T* const origin = input + ((corner.n * shape.h + top) * shape.w + left) * shape.c;
-    const bool inner = top >= 0 && left >= 0 && top + kIn <= shape.h && left + kIn <= shape.w;
-    for (int64_t c = 0; c < round_up(shape.c, kChunk); c += kVec) {
-      float* const out = rows + (c / kChunk * count + row) * kChunk + c % kChunk;
-      const int64_t lanes = std::max(shape.c - c, int64_t{0});
-      const auto store = [&](int y, int x, Vec value) FASTRES_INLINED {
-        value.store(out + (y * kIn + x) * position_stride);
-      };
-      if (inner && lanes >= kVec) {
-        transform_input<m, 3>(
-            [&](int y, int x) { return load_vec(origin + (y * shape.w + x) * shape.c + c); },
-            store);
-      } else {
-        transform_input<m, 3>(
-            [&](int y, int x) {
-              const bool inside =
-                  top + y >= 0 && top + y < shape.h && left + x >= 0 && left + x < shape.w;
-              return inside ? load_vec(origin + (y * shape.w + x) * shape.c + c, lanes) : Vec(0.0f);
-            },
-            store);
-      }
+  const int64_t top = corner.p - shape.padding[0], left = corner.q - shape.padding[1];
+  const T* const origin = input + ((corner.n * shape.h + top) * shape.w + left) * shape.c;
+  const bool inner =
+      top >= 0 && left >= 0 && top + height + 2 <= shape.h && left + width + 2 <= shape.w;
+  for (int64_t c = 0; c < round_up(shape.c, kChunk); c += kVec) {
+    float* const out = rows + c / kChunk * count * kChunk + c % kChunk;
+    const int64_t lanes = std::max(shape.c - c, int64_t{0});
+    const auto store = [&](int y, int x, Vec value) FASTRES_INLINED {
+      const int position = Tiling<height, 3>::place(y) * kIn + Tiling<width, 3>::place(x);
+      value.store(out + position * position_stride);
+    };
+    if (inner && lanes >= kVec) {
+      transform_input<height, width, 3>(
+          [&](int y, int x) { return load_vec(origin + (y * shape.w + x) * shape.c + c); }, store);
+    } else {
+      transform_input<height, width, 3>(
+          [&](int y, int x) {
+            const bool inside =
+                top + y >= 0 && top + y < shape.h && left + x >= 0 && left + x < shape.w;
+            return inside ? load_vec(origin + (y * shape.w + x) * shape.c + c, lanes) : Vec(0.0f);
+          },
+          store);
     }
   }
 }
@@ -42,10 +38,16 @@ void gather_tiles(const ConvShape& shape, const T* input, Range tiles, float* ro
 template <int m, typename T>
 bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
          float* scratch) {
-  return run_winograd<m, 3, 1>(
-      shape, operands, tiles, panels, scratch, [&](float* rows, int64_t position_stride) {
-        gather_tiles<m>(shape, operands.input, tiles, rows, position_stride);
+  const auto gather = [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
+    for (int64_t row = 0; row < tiles.count; ++row, rows += kChunk) {
+      const auto& corner = tiles.corners[row];
+      with_size<m, 3>(corner.kind, [&]<int height, int width>() FASTRES_INLINED {
+        gather_tile<height, width, m>(shape, operands.input, corner, tiles.count, rows,
+                                      position_stride);
       });
+    }
+  };
+  return run_winograd<m, 3, 1>(shape, operands, tiles, panels, scratch, gather);
 }
 
 }  // namespace

@@ -77,6 +77,36 @@ struct Winograd<4, 3> : WinogradOfSix {
   }
 };
 
+// F(4, 3)'s points without -b, and its filters, so that tiles of either size meet the same weights:
+// what those lack is made up for by the tile. Where it stands among the six: kPlaces.
+template <>
+struct Winograd<3, 3> {
+  static constexpr double a = WinogradOfSix::a, b = WinogradOfSix::b;
+  static constexpr int kPlaces[5] = {0, 1, 2, 3, 5};
+  static constexpr float kScale[3] = {1, a, a * a};
+
+  // Each is (p + b) times the product of x - q over the other points q, in powers of x; at infinity
+  // a times the product over all points.
+  template <typename V>
+  static inline void input(const V (&d)[5], V (&t)[5]) {
+    const auto v = [](double value) { return V(static_cast<float>(value)); };
+    const V even = fmadd(v(-a * a), d[1], d[3]), odd = fmadd(v(-a * a), d[0], d[2]);
+    t[0] = v(b) * fmadd(v(-b), odd, even);
+    t[1] = v(a + b) * fmadd(v(a - b), d[2], fmadd(v(-a * b), d[1], d[3]));
+    t[2] = v(b - a) * fmadd(v(-a - b), d[2], fmadd(v(a * b), d[1], d[3]));
+    t[3] = v(2 * b) * even;
+    t[4] = v(a) * fmadd(v(-b), even, fmadd(v(-a * a), d[2], d[4]));
+  }
+
+  template <typename V>
+  static inline void output(const V (&t)[5], V (&y)[3]) {
+    const V near_sum = t[1] + t[2];
+    y[0] = (t[0] + near_sum) + t[3];
+    y[1] = fmadd(V(2.0f), t[3], t[1] - t[2]);
+    y[2] = fmadd(V(4.0f), t[3], near_sum) + t[4];
+  }
+};
+
 template <>
 struct Winograd<3, 4> : WinogradOfSix {
   static constexpr double kFilter[6][4] = {
