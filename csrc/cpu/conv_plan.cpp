@@ -9,8 +9,9 @@
 namespace fastres::cpu {
 namespace {
 
-// Packed rows of a block: they share the second-level cache with the panel that they meet.
-constexpr int64_t kBlockValues = 256 * 1024;
+// Packed rows of a block: they share the second-level cache with the panel that they meet. Winograd's
+// lie there one position at a time, and its weights are so many that fewer blocks are worth more.
+constexpr int64_t kBlockValues = 256 * 1024, kWinogradBlockValues = 512 * 1024;
 constexpr int64_t kMostPixels = 112;
 // Rows below which another split of the channels serves better than another block.
 constexpr int64_t kLeastRows = 28;
@@ -125,8 +126,10 @@ ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t pane
                    int64_t threads) {
   const auto work = work_of(shape, algorithm);
   const int64_t panels = ceil_div(shape.k, panel);
-  const int64_t most_rows = is_winograd(algorithm) ? kMostTiles : kMostPixels;
-  const int64_t most = std::clamp(kBlockValues / work.depth, int64_t{14}, most_rows);
+  const bool winograd = is_winograd(algorithm);
+  const int64_t most_rows = winograd ? kMostTiles : kMostPixels;
+  const int64_t values = winograd ? kWinogradBlockValues : kBlockValues;
+  const int64_t most = std::clamp(values / work.depth, int64_t{14}, most_rows);
   int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));
   if (blocks > threads) blocks = std::min(round_up(blocks, threads), work.rows);
   blocks = std::max(blocks, int64_t{1});

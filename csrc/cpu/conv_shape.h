@@ -37,7 +37,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kPositionSkew = 5 * kChunk;
 
 // Winograd tiles of a job at most: their rows and sums share the second-level cache.
-constexpr int64_t kMostTiles = 28;
+constexpr int64_t kMostTiles = 32;
 
 // F(m x m, r x r). At stride 2 the input's even and odd rows and columns are four phases, each
 // convolved at stride 1 with every second tap of the filters (polyphase): r is half their size,
