@@ -1,0 +1,325 @@
+// Grouped convolution, a row of the output at a time. The channels of the input that a panel reads
+// are copied into padded rows, where pixels lie close together and none is missing.
+#include <cstring>
+
+#include "conv_grouped.h"
+#include "conv_kernels.h"
+#include "conv_tile.h"
+
+namespace fastres::cpu::CPU_CAPABILITY {
+namespace {
+
+#if defined(CPU_CAPABILITY_AVX512)
+using Register = __m512;
+using LaneIndex = __m512i;
+
+FASTRES_INLINE Vec permute(const Vec& v, LaneIndex from) { return _mm512_permutexvar_ps(from, v); }
+#else
+using Register = __m256;
+using LaneIndex = __m256i;
+
+FASTRES_INLINE Vec permute(const Vec& v, LaneIndex from) {
+  return _mm256_permutevar8x32_ps(v, from);
+}
+#endif
+
+// The lane that each lane is permuted from.
+template <typename F>
+LaneIndex lane_index(const F& from) {
+  int32_t lanes[kVec];
+  for (int64_t lane = 0; lane < kVec; ++lane) lanes[lane] = static_cast<int32_t>(from(lane));
+  LaneIndex index;
+  std::memcpy(&index, lanes, sizeof(index));
+  return index;
+}
+
+// Stays in its register: GCC would load it again for every tap, and loads are the bottleneck.
+FASTRES_INLINE Vec load_once(const float* p) {
+  Register v = Vec::loadu(p);
+  asm("" : "+v"(v));
+  return v;
+}
+
+// How a step multiplies: narrow groups side by side, three taps of neighbouring pixels at once...
+struct SlidingLanes {
+  static constexpr int64_t kVectors = 1;
+  static constexpr int64_t kStep = 0;  // from a step's inputs to the next one's
+  LaneIndex above;
+
+  FASTRES_INLINE Vec moved(const Vec& sum) const { return permute(sum, above); }
+};
+
+// ... or one tap at a time, at any distance...
+struct NarrowLanes : SlidingLanes {
+  FASTRES_INLINE static Vec input(const float* pixel) { return Vec::loadu(pixel); }
+};
+
+// ... or a wide group.
+template <int64_t vectors>
+struct WideLanes {
+  static constexpr int64_t kVectors = vectors;
+  static constexpr int64_t kStep = 1;
+
+  FASTRES_INLINE static Vec moved(const Vec& sum) { return sum; }
+  FASTRES_INLINE static Vec input(const float* pixel) { return Vec(*pixel); }
+};
+
+struct Neighbours {
+  Vec left, right;
+};
+
+// Of neighbouring outputs. Nested for the reason that Accumulators are.
+template <typename Lanes, int kOutputs>
+struct RowSums {
+  RowSums<Lanes, kOutputs - 1> before;
+  Vec sum = Vec(0.0f), second = Vec(0.0f);  // of Lanes' vectors
+
+  FASTRES_INLINE void move(const Lanes& lanes) {
+    before.move(lanes);
+    sum = lanes.moved(sum);
+  }
+
+  // One tap; returns the pixel of the next output.
+  FASTRES_INLINE const float* add(const float* pixel, int64_t stride, const Vec& filter,
+                                  const Vec& second_filter) {
+    pixel = before.add(pixel, stride, filter, second_filter);
+    const Vec x = Lanes::input(pixel);
+    sum = multiply_add(x, filter, sum);
+    if constexpr (Lanes::kVectors == 2) second = multiply_add(x, second_filter, second);
+    return pixel + stride;
+  }
+
+  // Three taps; returns the last two of the pixels.
+  FASTRES_INLINE Neighbours slide(const float* pixel, const Vec& left, const Vec& middle,
+                                  const Vec& right) {
+    const auto last = before.slide(pixel, left, middle, right);
+    const Vec next = load_once(pixel + (kOutputs + 1) * kVec);
+    sum = multiply_add(last.left, left, sum);
+    sum = multiply_add(last.right, middle, sum);
+    sum = multiply_add(next, right, sum);
+    return {last.right, next};
+  }
+
+  FASTRES_INLINE float* store(float* out) const {
+    out = before.store(out);
+    sum.store(out);
+    if constexpr (Lanes::kVectors == 2) second.store(out + kVec);
+    return out + Lanes::kVectors * kVec;
+  }
+};
+
+template <typename Lanes>
+struct RowSums<Lanes, 0> {
+  FASTRES_INLINE void move(const Lanes&) {}
+
+  FASTRES_INLINE const float* add(const float* pixel, int64_t, const Vec&, const Vec&) {
+    return pixel;
+  }
+
+  FASTRES_INLINE Neighbours slide(const float* pixel, const Vec&, const Vec&, const Vec&) {
+    return {load_once(pixel), load_once(pixel + kVec)};
+  }
+
+  FASTRES_INLINE float* store(float* out) const { return out; }
+};
+
+// What a tile, some neighbouring outputs of one row, reads. Strides are in values.
+struct Window {
+  const float* corner;                           // packed, under the first tap of the first output
+  int64_t row_stride, tap_stride, pixel_stride;  // between taps, and between outputs
+  int64_t rows, taps, steps;
+  const float* filters;
+};
+
+template <typename Lanes, int kOutputs>
+__attribute__((noinline)) void multiply(const Window& in, const Lanes& lanes, float* out) {
+  constexpr int64_t kValues = Lanes::kVectors * kVec;
+  RowSums<Lanes, kOutputs> sums;
+  const float* filter = in.filters;
+  for (int64_t step = 0; step < in.steps; ++step) {
+    sums.move(lanes);
+    const float* row = in.corner + step * Lanes::kStep;
+    for (int64_t r = 0; r < in.rows; ++r, row += in.row_stride) {
+      if constexpr (std::is_same_v<Lanes, SlidingLanes>) {
+        sums.slide(row, Vec::loadu(filter), Vec::loadu(filter + kVec),
+                   Vec::loadu(filter + 2 * kVec));
+        filter += 3 * kVec;
+      } else {
+        const float* tap = row;
+        for (int64_t s = 0; s < in.taps; ++s, tap += in.tap_stride, filter += kValues) {
+          sums.add(tap, in.pixel_stride, Vec::loadu(filter), Vec::loadu(filter + kValues - kVec));
+        }
+      }
+    }
+  }
+  sums.store(out);
+}
+
+template <int kOutputs = kTileRows, typename Lanes>
+void multiply_tile(int64_t outputs, const Window& in, const Lanes& lanes, float* out) {
+  if (outputs == kOutputs) {
+    multiply<Lanes, kOutputs>(in, lanes, out);
+  } else if constexpr (kOutputs > 1) {
+    multiply_tile<kOutputs - 1>(outputs, in, lanes, out);
+  }
+}
+
+// One panel at some rows of the output of one image. Rows of the input are packed when the first
+// row of the output needs them; meanwhile what the next panel will read and write is fetched, which
+// lies a vector further on in every pixel.
+template <typename In, typename T>
+class PanelOfImage {
+ public:
+  PanelOfImage(const ConvShape& shape, const GroupedForm& form, const ConvOperands<T>& operands,
+               int64_t image, int64_t panel, float* packed)
+      : shape_(shape),
+        form_(form),
+        groups_(form.groups_of(panel)),
+        outputs_(form.outputs_of(panel)),
+        input_(reinterpret_cast<const In*>(operands.input) + image * shape.h * shape.w * shape.c +
+               groups_.begin * form.inputs),
+        filters_(operands.weight + panel * form.packed_panel(shape.taps())),
+        output_(operands.output + outputs_.begin + image * shape.p * shape.q * shape.k),
+        finish_(finish_of(operands)),
+        bias_(operands.bias, outputs_.begin, shape.k),
+        packed_(packed),
+        row_values_(PaddedPart(shape, 1).columns * form.pixel()),
+        spread_(lane_index([&](int64_t lane) {
+          const int64_t group = lane / form.outputs;
+          return (group * form.inputs + form.input_of(lane % form.outputs)) % kVec;
+        })) {
+    if (finish_.residual != nullptr) finish_.residual += output_ - operands.output;
+  }
+
+  void run(Range rows) const {
+    const int64_t top = rows.begin * shape_.stride[0];
+    int64_t ready = 0;
+    for (int64_t p = rows.begin; p < rows.end; ++p) {
+      const int64_t first = p * shape_.stride[0] - top;
+      for (; ready < first + (shape_.r - 1) * shape_.dilation[0] + 1; ++ready) {
+        pack_row(top - shape_.padding[0] + ready, packed_ + ready * row_values_);
+      }
+      convolve_row(p, packed_ + first * row_values_);
+    }
+  }
+
+ private:
+  void pack_row(int64_t y, float* to) const {
+    float* const end = to + row_values_;
+    if (y >= 0 && y < shape_.h) {
+      const int64_t columns = row_values_ / form_.pixel(), left = shape_.padding[1];
+      const int64_t begin = std::min(left, columns), stop = std::min(left + shape_.w, columns);
+      to = std::fill_n(to, begin * form_.pixel(), 0.0f);
+      const In* from = input_ + y * shape_.w * shape_.c;
+      for (int64_t x = begin; x < stop; ++x, from += shape_.c, to += form_.pixel()) {
+        pack_pixel(from, to);
+      }
+    }
+    std::fill(to, end, 0.0f);
+  }
+
+  // Writes whole vectors, over the beginning of what comes next.
+  FASTRES_INLINE void pack_pixel(const In* from, float* to) const {
+    const int64_t values = groups_.size() * form_.inputs;
+    __builtin_prefetch(from + values, /*write=*/0, /*locality=*/2);
+    if (form_.is_narrow()) return permute(load_vec(from, values), spread_).store(to);
+    for (int64_t i = 0; i < values; i += kVec) load_vec(from + i, values - i).store(to + i);
+  }
+
+  void convolve_row(int64_t p, const float* row) const {
+    if (form_.vectors() == 2) return convolve_row(p, row, WideLanes<2>{});
+    if (!form_.is_narrow()) return convolve_row(p, row, WideLanes<1>{});
+    const auto above = lane_index([&](int64_t lane) {
+      return lane - lane % form_.outputs + form_.lane_above(lane % form_.outputs);
+    });
+    if (shape_.s == 3 && shape_.stride[1] == 1 && shape_.dilation[1] == 1) {
+      return convolve_row(p, row, SlidingLanes{above});
+    }
+    convolve_row(p, row, NarrowLanes{{above}});
+  }
+
+  template <typename Lanes>
+  void convolve_row(int64_t p, const float* row, const Lanes& lanes) const {
+    alignas(64) float sums[kTileRows * kPanel];
+    const int64_t tiles = tiles_of(shape_.q), pixel = form_.pixel();
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t q = shape_.q * t / tiles, count = shape_.q * (t + 1) / tiles - q;
+      const int64_t stride = shape_.stride[1] * pixel;
+      const Window window{row + q * stride,
+                          shape_.dilation[0] * row_values_,
+                          shape_.dilation[1] * pixel,
+                          stride,
+                          shape_.r,
+                          shape_.s,
+                          form_.inputs,
+                          filters_};
+      multiply_tile(count, window, lanes, sums);
+      store_tile<Lanes::kVectors>((p * shape_.q + q) * shape_.k, count, sums);
+    }
+  }
+
+  template <int64_t kVectors>
+  void store_tile(int64_t offset, int64_t count, const float* sums) const {
+    for (int64_t o = 0; o < count; ++o, offset += shape_.k) {
+      __builtin_prefetch(output_ + offset + outputs_.size(), /*write=*/1, /*locality=*/2);
+      for (int64_t v = 0; v < kVectors; ++v, sums += kVec) {
+        const Vec sum = Vec::loadu(sums) + Vec::loadu(bias_.value + v * kVec);
+        const int64_t at = offset + v * kVec, lanes = outputs_.size() - v * kVec;
+        if (lanes > 0) store_vec(finish_(sum, at, lanes), output_ + at, lanes);
+      }
+    }
+  }
+
+  const ConvShape& shape_;
+  const GroupedForm& form_;
+  const Range groups_, outputs_;
+  const In* const input_;
+  const float* const filters_;
+  T* const output_;
+  Finish<T> finish_;
+  const Start bias_;
+  float* const packed_;
+  const int64_t row_values_;
+  const LaneIndex spread_;
+};
+
+// `In` is what a lane of the input holds, in whose numbers `shape` counts its channels.
+template <typename In, typename T>
+void run_on(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+            float* scratch) {
+  const GroupedForm form(shape, kVec);
+  for (int64_t begin = rows.begin, end; begin < rows.end; begin = end) {
+    const int64_t image = begin / shape.p, first = image * shape.p;
+    end = std::min(first + shape.p, rows.end);
+    for (int64_t index = panels.begin; index < panels.end; ++index) {
+      const PanelOfImage<In, T> panel(shape, form, operands, image, index, scratch);
+      panel.run({begin - first, end - first});
+    }
+  }
+}
+
+template <typename T>
+void run(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+         float* scratch) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  // A pair of channels is copied as the float32 value that would lie there.
+  run_on<float>(in_pairs(shape), operands, rows, panels, scratch);
+#else
+  run_on<T>(shape, operands, rows, panels, scratch);
+#endif
+}
+
+}  // namespace
+
+template <typename T>
+GroupedConvKernel<T> grouped_conv_kernel() {
+  return {&run<T>};
+}
+
+#if !defined(CPU_CAPABILITY_AVX512_BF16)
+template GroupedConvKernel<float> grouped_conv_kernel<float>();
+template GroupedConvKernel<c10::Half> grouped_conv_kernel<c10::Half>();
+#endif
+template GroupedConvKernel<c10::BFloat16> grouped_conv_kernel<c10::BFloat16>();
+
+}  // namespace fastres::cpu::CPU_CAPABILITY
