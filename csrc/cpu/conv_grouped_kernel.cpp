@@ -33,6 +33,21 @@ LaneIndex lane_index(const F& from) {
   return index;
 }
 
+// Of narrow groups.
+struct Permutations {
+  LaneIndex spread;  // a pixel's inputs, each to its lane
+  LaneIndex above;   // sums, each one lane down
+
+  explicit Permutations(const GroupedForm& form)
+      : spread(lane_index([&](int64_t lane) {
+          const int64_t group = lane / form.outputs;
+          return (group * form.inputs + form.input_of(lane % form.outputs)) % kVec;
+        })),
+        above(lane_index([&](int64_t lane) {
+          return lane - lane % form.outputs + form.lane_above(lane % form.outputs);
+        })) {}
+};
+
 // Stays in its register: GCC would load it again for every tap, and loads are the bottleneck.
 FASTRES_INLINE Vec load_once(const float* p) {
   Register v = Vec::loadu(p);
@@ -170,10 +185,11 @@ void multiply_tile(int64_t outputs, const Window& in, const Lanes& lanes, float*
 template <typename In, typename T>
 class PanelOfImage {
  public:
-  PanelOfImage(const ConvShape& shape, const GroupedForm& form, const ConvOperands<T>& operands,
-               int64_t image, int64_t panel, float* packed)
+  PanelOfImage(const ConvShape& shape, const GroupedForm& form, const Permutations& permutations,
+               const ConvOperands<T>& operands, int64_t image, int64_t panel, float* packed)
       : shape_(shape),
         form_(form),
+        permutations_(permutations),
         groups_(form.groups_of(panel)),
         outputs_(form.outputs_of(panel)),
         input_(reinterpret_cast<const In*>(operands.input) + image * shape.h * shape.w * shape.c +
@@ -183,11 +199,7 @@ class PanelOfImage {
         finish_(finish_of(operands)),
         bias_(operands.bias, outputs_.begin, shape.k),
         packed_(packed),
-        row_values_(PaddedPart(shape, 1).columns * form.pixel()),
-        spread_(lane_index([&](int64_t lane) {
-          const int64_t group = lane / form.outputs;
-          return (group * form.inputs + form.input_of(lane % form.outputs)) % kVec;
-        })) {
+        row_values_(PaddedPart(shape, 1).columns * form.pixel()) {
     if (finish_.residual != nullptr) finish_.residual += output_ - operands.output;
   }
 
@@ -222,20 +234,17 @@ class PanelOfImage {
   FASTRES_INLINE void pack_pixel(const In* from, float* to) const {
     const int64_t values = groups_.size() * form_.inputs;
     __builtin_prefetch(from + values, /*write=*/0, /*locality=*/2);
-    if (form_.is_narrow()) return permute(load_vec(from, values), spread_).store(to);
+    if (form_.is_narrow()) return permute(load_vec(from, values), permutations_.spread).store(to);
     for (int64_t i = 0; i < values; i += kVec) load_vec(from + i, values - i).store(to + i);
   }
 
   void convolve_row(int64_t p, const float* row) const {
     if (form_.vectors() == 2) return convolve_row(p, row, WideLanes<2>{});
     if (!form_.is_narrow()) return convolve_row(p, row, WideLanes<1>{});
-    const auto above = lane_index([&](int64_t lane) {
-      return lane - lane % form_.outputs + form_.lane_above(lane % form_.outputs);
-    });
     if (shape_.s == 3 && shape_.stride[1] == 1 && shape_.dilation[1] == 1) {
-      return convolve_row(p, row, SlidingLanes{above});
+      return convolve_row(p, row, SlidingLanes{permutations_.above});
     }
-    convolve_row(p, row, NarrowLanes{{above}});
+    convolve_row(p, row, NarrowLanes{{permutations_.above}});
   }
 
   template <typename Lanes>
@@ -272,6 +281,7 @@ class PanelOfImage {
 
   const ConvShape& shape_;
   const GroupedForm& form_;
+  const Permutations& permutations_;
   const Range groups_, outputs_;
   const In* const input_;
   const float* const filters_;
@@ -280,7 +290,6 @@ class PanelOfImage {
   const Start bias_;
   float* const packed_;
   const int64_t row_values_;
-  const LaneIndex spread_;
 };
 
 // `In` is what a lane of the input holds, in whose numbers `shape` counts its channels.
@@ -288,11 +297,12 @@ template <typename In, typename T>
 void run_on(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
             float* scratch) {
   const GroupedForm form(shape, kVec);
+  const Permutations permutations(form);
   for (int64_t begin = rows.begin, end; begin < rows.end; begin = end) {
     const int64_t image = begin / shape.p, first = image * shape.p;
     end = std::min(first + shape.p, rows.end);
     for (int64_t index = panels.begin; index < panels.end; ++index) {
-      const PanelOfImage<In, T> panel(shape, form, operands, image, index, scratch);
+      const PanelOfImage<In, T> panel(shape, form, permutations, operands, image, index, scratch);
       panel.run({begin - first, end - first});
     }
   }
