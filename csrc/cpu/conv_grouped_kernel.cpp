@@ -48,25 +48,14 @@ struct Permutations {
         })) {}
 };
 
-// Stays in its register: GCC would load it again for every tap, and loads are the bottleneck.
-FASTRES_INLINE Vec load_once(const float* p) {
-  Register v = Vec::loadu(p);
-  asm("" : "+v"(v));
-  return v;
-}
-
-// How a step multiplies: narrow groups side by side, three taps of neighbouring pixels at once...
-struct SlidingLanes {
+// How a step multiplies: narrow groups side by side...
+struct NarrowLanes {
   static constexpr int64_t kVectors = 1;
   static constexpr int64_t kStep = 0;  // from a step's inputs to the next one's
   LaneIndex above;
 
-  FASTRES_INLINE Vec moved(const Vec& sum) const { return permute(sum, above); }
-};
-
-// ... or one tap at a time, at any distance...
-struct NarrowLanes : SlidingLanes {
   FASTRES_INLINE static Vec input(const float* pixel) { return Vec::loadu(pixel); }
+  FASTRES_INLINE Vec moved(const Vec& sum) const { return permute(sum, above); }
 };
 
 // ... or a wide group.
@@ -75,12 +64,20 @@ struct WideLanes {
   static constexpr int64_t kVectors = vectors;
   static constexpr int64_t kStep = 1;
 
-  FASTRES_INLINE static Vec moved(const Vec& sum) { return sum; }
   FASTRES_INLINE static Vec input(const float* pixel) { return Vec(*pixel); }
+  FASTRES_INLINE static Vec moved(const Vec& sum) { return sum; }
 };
 
-struct Neighbours {
-  Vec left, right;
+// Stays in its register: GCC would load it again for every tap, and loads are the bottleneck.
+FASTRES_INLINE Vec held(Register v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
+// The last pixels of an output under three taps, as far as the next output meets them, too.
+struct Columns {
+  Vec first, second;
+  const float* next;
 };
 
 // Of neighbouring outputs. Nested for the reason that Accumulators are.
@@ -104,15 +101,21 @@ struct RowSums {
     return pixel + stride;
   }
 
-  // Three taps; returns the last two of the pixels.
-  FASTRES_INLINE Neighbours slide(const float* pixel, const Vec& left, const Vec& middle,
-                                  const Vec& right) {
-    const auto last = before.slide(pixel, left, middle, right);
-    const Vec next = load_once(pixel + (kOutputs + 1) * kVec);
-    sum = multiply_add(last.left, left, sum);
-    sum = multiply_add(last.right, middle, sum);
-    sum = multiply_add(next, right, sum);
-    return {last.right, next};
+  // Three taps, `stride` apart, with kStride times that from output to output: an input that
+  // several outputs meet is loaded once.
+  template <int kStride>
+  FASTRES_INLINE Columns slide(const float* pixel, int64_t stride, const Vec& left,
+                               const Vec& middle, const Vec& right) {
+    auto [x, y, next] = before.template slide<kStride>(pixel, stride, left, middle, right);
+    if constexpr (kStride == 2) {
+      y = held(Lanes::input(next));
+      next += stride;
+    }
+    const Vec z = held(Lanes::input(next));
+    sum = multiply_add(x, left, sum);
+    sum = multiply_add(y, middle, sum);
+    sum = multiply_add(z, right, sum);
+    return {kStride == 1 ? y : z, z, next + stride};
   }
 
   FASTRES_INLINE float* store(float* out) const {
@@ -131,8 +134,12 @@ struct RowSums<Lanes, 0> {
     return pixel;
   }
 
-  FASTRES_INLINE Neighbours slide(const float* pixel, const Vec&, const Vec&, const Vec&) {
-    return {load_once(pixel), load_once(pixel + kVec)};
+  template <int kStride>
+  FASTRES_INLINE Columns slide(const float* pixel, int64_t stride, const Vec&, const Vec&,
+                               const Vec&) {
+    const Vec x = held(Lanes::input(pixel));
+    if constexpr (kStride == 2) return {x, x, pixel + stride};
+    return {x, held(Lanes::input(pixel + stride)), pixel + 2 * stride};
   }
 
   FASTRES_INLINE float* store(float* out) const { return out; }
@@ -140,13 +147,14 @@ struct RowSums<Lanes, 0> {
 
 // What a tile, some neighbouring outputs of one row, reads. Strides are in values.
 struct Window {
-  const float* corner;                           // packed, under the first tap of the first output
-  int64_t row_stride, tap_stride, pixel_stride;  // between taps, and between outputs
+  const float* corner;                     // packed, under the first tap of the first output
+  int64_t row_stride, tap_stride, stride;  // between taps, and between outputs
   int64_t rows, taps, steps;
   const float* filters;
 };
 
-template <typename Lanes, int kOutputs>
+// kStride: of slide(), or 0 where taps and outputs lie at other distances.
+template <typename Lanes, int kStride, int kOutputs>
 __attribute__((noinline)) void multiply(const Window& in, const Lanes& lanes, float* out) {
   constexpr int64_t kValues = Lanes::kVectors * kVec;
   RowSums<Lanes, kOutputs> sums;
@@ -155,14 +163,14 @@ __attribute__((noinline)) void multiply(const Window& in, const Lanes& lanes, fl
     sums.move(lanes);
     const float* row = in.corner + step * Lanes::kStep;
     for (int64_t r = 0; r < in.rows; ++r, row += in.row_stride) {
-      if constexpr (std::is_same_v<Lanes, SlidingLanes>) {
-        sums.slide(row, Vec::loadu(filter), Vec::loadu(filter + kVec),
-                   Vec::loadu(filter + 2 * kVec));
+      if constexpr (kStride != 0) {
+        sums.template slide<kStride>(row, in.tap_stride, Vec::loadu(filter),
+                                     Vec::loadu(filter + kVec), Vec::loadu(filter + 2 * kVec));
         filter += 3 * kVec;
       } else {
         const float* tap = row;
         for (int64_t s = 0; s < in.taps; ++s, tap += in.tap_stride, filter += kValues) {
-          sums.add(tap, in.pixel_stride, Vec::loadu(filter), Vec::loadu(filter + kValues - kVec));
+          sums.add(tap, in.stride, Vec::loadu(filter), Vec::loadu(filter + kValues - kVec));
         }
       }
     }
@@ -170,13 +178,26 @@ __attribute__((noinline)) void multiply(const Window& in, const Lanes& lanes, fl
   sums.store(out);
 }
 
-template <int kOutputs = kTileRows, typename Lanes>
+template <int kStride, int kOutputs = kTileRows, typename Lanes>
 void multiply_tile(int64_t outputs, const Window& in, const Lanes& lanes, float* out) {
   if (outputs == kOutputs) {
-    multiply<Lanes, kOutputs>(in, lanes, out);
+    multiply<Lanes, kStride, kOutputs>(in, lanes, out);
   } else if constexpr (kOutputs > 1) {
-    multiply_tile<kOutputs - 1>(outputs, in, lanes, out);
+    multiply_tile<kStride, kOutputs - 1>(outputs, in, lanes, out);
   }
+}
+
+template <typename Lanes>
+void multiply_tile(int64_t outputs, const Window& in, const Lanes& lanes, float* out) {
+  if constexpr (Lanes::kVectors == 1) {  // of two, sums leave no registers for three taps
+    if (in.taps == 3 && in.stride == in.tap_stride) {
+      return multiply_tile<1>(outputs, in, lanes, out);
+    }
+    if (in.taps == 3 && in.stride == 2 * in.tap_stride) {
+      return multiply_tile<2>(outputs, in, lanes, out);
+    }
+  }
+  multiply_tile<0>(outputs, in, lanes, out);
 }
 
 // One panel at some rows of the output of one image. Rows of the input are packed when the first
@@ -205,12 +226,15 @@ class PanelOfImage {
 
   void run(Range rows) const {
     const int64_t top = rows.begin * shape_.stride[0];
+    const float* const next_filters = filters_ + form_.packed_panel(shape_.taps());
+    Prefetch coming(next_filters, next_filters + (next_filters - filters_), rows.size());
     int64_t ready = 0;
     for (int64_t p = rows.begin; p < rows.end; ++p) {
       const int64_t first = p * shape_.stride[0] - top;
       for (; ready < first + (shape_.r - 1) * shape_.dilation[0] + 1; ++ready) {
         pack_row(top - shape_.padding[0] + ready, packed_ + ready * row_values_);
       }
+      coming.step();
       convolve_row(p, packed_ + first * row_values_);
     }
   }
@@ -222,29 +246,32 @@ class PanelOfImage {
       const int64_t columns = row_values_ / form_.pixel(), left = shape_.padding[1];
       const int64_t begin = std::min(left, columns), stop = std::min(left + shape_.w, columns);
       to = std::fill_n(to, begin * form_.pixel(), 0.0f);
-      const In* from = input_ + y * shape_.w * shape_.c;
-      for (int64_t x = begin; x < stop; ++x, from += shape_.c, to += form_.pixel()) {
-        pack_pixel(from, to);
-      }
+      to = pack_pixels(input_ + y * shape_.w * shape_.c, stop - begin, to);
     }
     std::fill(to, end, 0.0f);
   }
 
   // Writes whole vectors, over the beginning of what comes next.
-  FASTRES_INLINE void pack_pixel(const In* from, float* to) const {
-    const int64_t values = groups_.size() * form_.inputs;
-    __builtin_prefetch(from + values, /*write=*/0, /*locality=*/2);
-    if (form_.is_narrow()) return permute(load_vec(from, values), permutations_.spread).store(to);
-    for (int64_t i = 0; i < values; i += kVec) load_vec(from + i, values - i).store(to + i);
+  float* pack_pixels(const In* from, int64_t count, float* to) const {
+    // In variables, for a vector that is stored might be anything in memory.
+    const int64_t values = groups_.size() * form_.inputs, stride = shape_.c, pixel = form_.pixel();
+    const LaneIndex spread = permutations_.spread;
+    const bool narrow = form_.is_narrow();
+    for (; count > 0; --count, from += stride, to += pixel) {
+      __builtin_prefetch(from + values, /*write=*/0, /*locality=*/2);
+      if (narrow) {
+        permute(load_vec(from, values), spread).store(to);
+        continue;
+      }
+      for (int64_t i = 0; i < values; i += kVec) load_vec(from + i, values - i).store(to + i);
+    }
+    return to;
   }
 
   void convolve_row(int64_t p, const float* row) const {
     if (form_.vectors() == 2) return convolve_row(p, row, WideLanes<2>{});
     if (!form_.is_narrow()) return convolve_row(p, row, WideLanes<1>{});
-    if (shape_.s == 3 && shape_.stride[1] == 1 && shape_.dilation[1] == 1) {
-      return convolve_row(p, row, SlidingLanes{permutations_.above});
-    }
-    convolve_row(p, row, NarrowLanes{{permutations_.above}});
+    convolve_row(p, row, NarrowLanes{permutations_.above});
   }
 
   template <typename Lanes>
@@ -269,12 +296,16 @@ class PanelOfImage {
 
   template <int64_t kVectors>
   void store_tile(int64_t offset, int64_t count, const float* sums) const {
-    for (int64_t o = 0; o < count; ++o, offset += shape_.k) {
-      __builtin_prefetch(output_ + offset + outputs_.size(), /*write=*/1, /*locality=*/2);
-      for (int64_t v = 0; v < kVectors; ++v, sums += kVec) {
-        const Vec sum = Vec::loadu(sums) + Vec::loadu(bias_.value + v * kVec);
-        const int64_t at = offset + v * kVec, lanes = outputs_.size() - v * kVec;
-        if (lanes > 0) store_vec(finish_(sum, at, lanes), output_ + at, lanes);
+    const auto finish = finish_;  // in variables, as above
+    const int64_t lanes = outputs_.size(), stride = shape_.k;
+    T* const output = output_;
+    for (int64_t v = 0; v < kVectors && v * kVec < lanes; ++v) {
+      const Vec bias = Vec::loadu(bias_.value + v * kVec);
+      for (int64_t o = 0; o < count; ++o) {
+        const int64_t at = offset + o * stride + v * kVec, rest = lanes - v * kVec;
+        __builtin_prefetch(output + at + lanes, /*write=*/1, /*locality=*/2);
+        const Vec sum = Vec::loadu(sums + (o * kVectors + v) * kVec) + bias;
+        store_vec(finish(sum, at, rest), output + at, rest);
       }
     }
   }
