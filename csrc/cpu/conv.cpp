@@ -30,13 +30,12 @@ const float* packed(const FilterView& filters, ConvAlgorithm algorithm) {
   return out;
 }
 
-// What Winograd's kernels do faster than oneDNN, and in bfloat16 everything where the processor
-// gains nothing by it; else kAten.
-ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const ConvShape& shape,
-                           int64_t groups) {
+// What Winograd's kernels and those of groups do faster than oneDNN, and in bfloat16 everything
+// where the processor gains nothing by it; else kAten.
+ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const ConvShape& shape) {
   using enum ConvAlgorithm;
   const auto dtype = x.scalar_type();
-  if (groups != 1 || dtype != weight.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
+  if (dtype != weight.scalar_type() || x.numel() == 0 || weight.numel() == 0) {
     return kAten;
   }
   const bool bf16 = dtype == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kVector;
@@ -48,7 +47,7 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (dtype != at::kFloat && !bf16) return kAten;
   const auto algorithm =
       choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, bf16});
-  return is_winograd(algorithm) ? algorithm : kAten;
+  return is_winograd(algorithm) || is_grouped(algorithm) ? algorithm : kAten;
 }
 
 template <typename T>
@@ -83,6 +82,12 @@ bool follows_weights(const at::Tensor& weight, int64_t activations) {
          !weight.is_contiguous(kLast);
 }
 
+ConvGeometry geometry_of(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                         int64_t padding, int64_t dilation) {
+  const int64_t groups = input.size(1) / weight.size(1);
+  return {{stride, stride}, {padding, padding}, {dilation, dilation}, groups};
+}
+
 }  // namespace
 
 at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
@@ -96,9 +101,10 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const Optiona
     return at::conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
         .contiguous(output_format(input));
   };
-  if (input.dim() != 4 || weight.dim() != 4 || input.size(1) != weight.size(1) ||
+  if (input.dim() != 4 || weight.dim() != 4 || groups < 1 || weight.size(0) % groups != 0 ||
+      input.size(1) != weight.size(1) * groups ||
       (given(bias) && bias->sizes() != weight.sizes().slice(0, 1))) {
-    return aten();  // grouped, or refused
+    return aten();  // refused
   }
   const auto geometry = check_geometry(stride, padding, dilation, groups);
   const bool last = output_format(input) == at::MemoryFormat::ChannelsLast ||
@@ -108,11 +114,11 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight, const Optiona
     return as_asked(product_fprop(input, weight, geometry));
   }
   const auto shape = shape_of(input, weight, geometry);
-  const auto algorithm = algorithm_of(input, weight, shape, groups);
+  const auto algorithm = algorithm_of(input, weight, shape);
   if (algorithm == ConvAlgorithm::kAten) return aten();
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  if (!run(input, filters_of(wide), bias, shape, algorithm, y)) return aten();
+  if (!run(input, filters_of(wide, groups), bias, shape, algorithm, y)) return aten();
   return as_asked(y);
 }
 
@@ -140,7 +146,7 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
   }
   constexpr Pair kOnes{1, 1};
   const Pair full{weight.size(2) - 1 - g.padding[0], weight.size(3) - 1 - g.padding[1]};
-  if (g.stride != kOnes || g.dilation != kOnes || g.groups != 1 || full[0] < 0 || full[1] < 0) {
+  if (g.stride != kOnes || g.dilation != kOnes || full[0] < 0 || full[1] < 0) {
     return aten();
   }
   // The same convolution from the output to the input: its filters are turned, its padding is what
@@ -150,11 +156,12 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
   std::swap(shape.w, shape.q);
   std::swap(shape.c, shape.k);
   shape.padding = full;
-  const auto algorithm = algorithm_of(grad_output, weight, shape, groups);
+  const auto algorithm = algorithm_of(grad_output, weight, shape);
   if (algorithm == ConvAlgorithm::kAten) return aten();
   const auto y = empty_last(input.sizes(), input);
   const auto wide = weight.to(at::kFloat);
-  if (!run(grad_output, turned(filters_of(wide)), std::nullopt, shape, algorithm, y)) return aten();
+  if (!run(grad_output, turned(filters_of(wide, groups)), std::nullopt, shape, algorithm, y))
+    return aten();
   return as_asked(y);
 }
 
@@ -196,26 +203,30 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
 at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,
                    const OptionalTensor& bias, int64_t stride, int64_t padding, int64_t dilation) {
   using enum ConvAlgorithm;
-  const ConvGeometry g{{stride, stride}, {padding, padding}, {dilation, dilation}, 1};
+  const auto g = geometry_of(input, weight, stride, padding, dilation);
   const auto shape = shape_of(input, weight, g);
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  for (const auto a : {kDirect, kDirectBf16, kWinograd2, kWinograd4, kPolyphase}) {
+  for (const auto a :
+       {kDirect, kDirectBf16, kGrouped, kGroupedBf16, kWinograd2, kWinograd4, kPolyphase}) {
     if (algorithm != name_of(a)) continue;
-    const bool fits = a != kDirectBf16 || input.scalar_type() == at::kBFloat16;
+    const bool fits = channels_a_lane(a) == 1 || input.scalar_type() == at::kBFloat16;
     TORCH_CHECK_VALUE(fits && can_compute(a, shape), "algorithm: ", algorithm,
                       " does not compute this convolution");
-    TORCH_CHECK(run(input, filters_of(wide), bias, shape, a, y), "input: a sum was not finite");
+    TORCH_CHECK(run(input, filters_of(wide, g.groups), bias, shape, a, y),
+                "input: a sum was not finite");
     return y;
   }
   TORCH_CHECK_VALUE(
-      false, "algorithm: expected direct, direct_bf16, winograd2, winograd4 or polyphase, got ",
+      false,
+      "algorithm: expected direct, direct_bf16, grouped, grouped_bf16, winograd2, winograd4 or "
+      "polyphase, got ",
       algorithm);
 }
 
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                            int64_t padding, int64_t dilation, bool training) {
-  const ConvGeometry g{{stride, stride}, {padding, padding}, {dilation, dilation}, 1};
+  const auto g = geometry_of(input, weight, stride, padding, dilation);
   const auto shape = shape_of(input, weight, g);
   return name_of(choose_algorithm(shape, {conv_panel(), /*onednn=*/true, training,
                                           /*bf16=*/input.scalar_type() == at::kBFloat16 &&

@@ -49,8 +49,9 @@ std::array<int64_t, 4> output_size(const at::Tensor& input, const at::Tensor& we
 
 ConvShape shape_of(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   const auto size = output_size(x, weight, g);
-  return {x.size(0),      x.size(2), x.size(3), x.size(1), weight.size(0), weight.size(2),
-          weight.size(3), size[2],   size[3],   g.stride,  g.padding,      g.dilation};
+  return {x.size(0),      x.size(2),      x.size(3), x.size(1), weight.size(0),
+          weight.size(2), weight.size(3), size[2],   size[3],   g.stride,
+          g.padding,      g.dilation,     g.groups};
 }
 
 at::Tensor in_channels_last(const at::Tensor& t) {

@@ -99,7 +99,7 @@ at::Tensor convolve_tiny(const at::Tensor& x, const OptionalTensor& residual, co
 // Which of them computes this convolution; kOneDnn if none does.
 ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   const auto dtype = x.scalar_type();
-  if (g.groups != 1 || x.numel() == 0 || dtype == at::kDouble) return ConvAlgorithm::kOneDnn;
+  if (x.numel() == 0 || dtype == at::kDouble) return ConvAlgorithm::kOneDnn;
   bool onednn = onednn_serves(dtype) && !is_tiny(x, weight, g);
   if (dtype == at::kHalf && onednn) return ConvAlgorithm::kOneDnn;
   const auto unit = dtype == at::kBFloat16 ? bfloat16_unit() : Bfloat16Unit::kNone;

@@ -54,7 +54,7 @@ class Fold {
   at::Tensor packed(ConvAlgorithm algorithm) const {
     auto weight = empty_output(c_.weight.sizes(), at::kFloat, output_format(c_.weight));
     at::mul_out(weight, c_.weight, per_filter());
-    const auto filters = filters_of(weight);
+    const auto filters = filters_of(weight, c_.geometry.groups);
     const auto packed = empty_filters(packed_values(filters, algorithm));
     pack_filters(filters, algorithm, packed.mutable_data_ptr<float>());
     return packed;

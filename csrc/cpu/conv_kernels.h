@@ -33,25 +33,35 @@ struct PolyphaseKernels {
   WinogradJob<T>*of3, *of7;  // F(4x4, 2x2) of 3x3 filters, F(3x3, 4x4) of 7x7, stride 2
 };
 
+template <typename T>
+struct GroupedConvKernel {
+  // Any geometry, some rows of the output.
+  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+              float* scratch);
+};
+
 // Writes the packed filters of some panels, see conv_pack.h.
 using PackJob = void(const FilterView& filters, Range panels, float* out);
 
 template <typename T>
 struct PackKernels {
-  PackJob *direct, *direct_bf16, *f2, *f4, *polyphase3, *polyphase7;
+  PackJob *direct, *direct_bf16, *grouped, *grouped_bf16, *f2, *f4, *polyphase3, *polyphase7;
 };
 
 FASTRES_DECLARE_KERNELS(PackKernels, pack_kernels)
 FASTRES_DECLARE_KERNELS(DirectConvKernel, direct_conv_kernel)
+FASTRES_DECLARE_KERNELS(GroupedConvKernel, grouped_conv_kernel)
 FASTRES_DECLARE_KERNELS(WinogradKernels, winograd_kernels)
 FASTRES_DECLARE_KERNELS(PolyphaseKernels, polyphase_kernels)
 
 #if defined(FASTRES_X86)
-// Products of bfloat16: kDirectBf16, for shapes with an even number of channels.
+// Products of bfloat16: kDirectBf16 and kGroupedBf16, for an even number of channels in a group.
 namespace AVX512_BF16 {
 template <typename T>
 DirectConvKernel<T> direct_conv_kernel();
-}
+template <typename T>
+GroupedConvKernel<T> grouped_conv_kernel();
+}  // namespace AVX512_BF16
 #endif
 
 }  // namespace fastres::cpu

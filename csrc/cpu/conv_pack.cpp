@@ -4,21 +4,33 @@
 
 #include <utility>
 
+#include "conv_grouped.h"
 #include "conv_kernels.h"
 #include "conv_run.h"
 
 namespace fastres::cpu {
 
-FilterView filters_of(const at::Tensor& w) {
+namespace {
+
+GroupedForm form_of(const FilterView& f, ConvAlgorithm algorithm) {
+  return {f.groups, f.c / channels_a_lane(algorithm), f.k, conv_panel() / 2};
+}
+
+}  // namespace
+
+FilterView filters_of(const at::Tensor& w, int64_t groups) {
+  const int64_t k = w.size(0) / groups;
   return {w.const_data_ptr<float>(),
-          w.size(0),
+          k,
           w.size(1),
           w.size(2),
           w.size(3),
           w.stride(0),
           w.stride(1),
           w.stride(2),
-          w.stride(3)};
+          w.stride(3),
+          groups,
+          k * w.stride(0)};
 }
 
 FilterView turned(FilterView f) {
@@ -34,7 +46,11 @@ int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
   if (is_winograd(algorithm)) {
     return round_up(filters.k, conv_panel()) * winograd_form(algorithm, filters.r).depth(filters.c);
   }
-  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? filters.c / 2 : filters.c;
+  if (is_grouped(algorithm)) {
+    const auto form = form_of(filters, algorithm);
+    return form.panels() * form.packed_panel(filters.r * filters.s);
+  }
+  const int64_t c = filters.c / channels_a_lane(algorithm);
   const int64_t values = round_up(filters.r * filters.s * c, kChunk);
   return round_up(filters.k, conv_panel()) * values;
 }
@@ -42,13 +58,17 @@ int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
 void pack_filters(const FilterView& filters, ConvAlgorithm algorithm, float* out) {
   using enum ConvAlgorithm;
   static const auto kernels = FASTRES_SELECT_VECTOR_KERNELS(pack_kernels, float);
-  PackJob* const pack = algorithm == kDirect       ? kernels.direct
-                        : algorithm == kDirectBf16 ? kernels.direct_bf16
-                        : algorithm == kWinograd2  ? kernels.f2
-                        : algorithm == kWinograd4  ? kernels.f4
-                        : filters.r == 3           ? kernels.polyphase3
-                                                   : kernels.polyphase7;
-  at::parallel_for(0, ceil_div(filters.k, conv_panel()), 1,
+  PackJob* const pack = algorithm == kDirect        ? kernels.direct
+                        : algorithm == kDirectBf16  ? kernels.direct_bf16
+                        : algorithm == kGrouped     ? kernels.grouped
+                        : algorithm == kGroupedBf16 ? kernels.grouped_bf16
+                        : algorithm == kWinograd2   ? kernels.f2
+                        : algorithm == kWinograd4   ? kernels.f4
+                        : filters.r == 3            ? kernels.polyphase3
+                                                    : kernels.polyphase7;
+  const int64_t panels = is_grouped(algorithm) ? form_of(filters, algorithm).panels()
+                                               : ceil_div(filters.k, conv_panel());
+  at::parallel_for(0, panels, 1,
                    [&](int64_t begin, int64_t end) { pack(filters, {begin, end}, out); });
 }
 

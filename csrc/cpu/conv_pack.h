@@ -2,6 +2,7 @@
 // last panel and the last chunk of input channels filled with zeros.
 //   direct: [K / panel][(R * S * C) rounded up to 16][panel]
 //   direct_bf16: likewise, of words that hold two neighbouring channels in bfloat16
+//   grouped, grouped_bf16: see conv_grouped.h
 //   F(m, r): [K / panel][(m + r - 1)^2][C rounded up to 16][panel], G g G^T of every filter g; at
 //   stride 2 the channels of all phases, see WinogradForm
 #pragma once
@@ -13,10 +14,10 @@
 namespace fastres::cpu {
 
 // fp32 filters in any memory format.
-FilterView filters_of(const at::Tensor& weight);
+FilterView filters_of(const at::Tensor& weight, int64_t groups = 1);
 
 // What the gradient of the input is convolved with, at stride 1: filters turned by 180 degrees,
-// input and output channels exchanged.
+// input and output channels of every group exchanged.
 FilterView turned(FilterView filters);
 
 int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm);

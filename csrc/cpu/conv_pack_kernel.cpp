@@ -1,7 +1,9 @@
 #include <c10/util/BFloat16.h>
 
+#include <bit>
 #include <cstring>
 
+#include "conv_grouped.h"
 #include "conv_kernels.h"
 #include "conv_tile.h"
 #include "winograd.h"
@@ -39,10 +41,13 @@ void pack_direct(const FilterView& f, Range panels, float* out) {
 }
 
 // The lower half of a word is the first channel of a pair.
+inline uint32_t bits_of_pair(float first, float second) {
+  return uint32_t{c10::BFloat16(first).x} | uint32_t{c10::BFloat16(second).x} << 16;
+}
+
 inline void store_pairs(const double* first, const double* second, float* out) {
-  const auto bits = [](double v) { return uint32_t{c10::BFloat16(static_cast<float>(v)).x}; };
   for (int64_t k = 0; k < kPanel; ++k) {
-    const uint32_t word = bits(first[k]) | bits(second[k]) << 16;
+    const uint32_t word = bits_of_pair(static_cast<float>(first[k]), static_cast<float>(second[k]));
     std::memcpy(out + k, &word, sizeof(word));
   }
 }
@@ -64,6 +69,46 @@ void pack_direct_bf16(const FilterView& f, Range panels, float* out) {
     }
     std::fill(to, to + (padded - pairs) * kPanel, 0.0f);
   }
+}
+
+// Calls f(lane, its filter's value) at the first tap of one step, of `kInputs` channels a lane.
+template <int kInputs, typename F>
+void for_each_lane(const FilterView& f, const GroupedForm& form, int64_t panel, int64_t step,
+                   const F& call) {
+  const Range outputs = form.outputs_of(panel);
+  for (int64_t lane = 0; lane < outputs.size(); ++lane) {
+    const int64_t group = (outputs.begin + lane) / f.k;
+    const auto [k, c] = form.product((outputs.begin + lane) % f.k, step);
+    call(lane, f.data + group * f.group_stride + k * f.k_stride + c * kInputs * f.c_stride);
+  }
+}
+
+// A lane holds bits(p) of `kInputs` neighbouring inputs, the first of which is at p.
+template <int kInputs, typename Bits>
+void pack_grouped(const FilterView& f, Range panels, float* out, const Bits& bits) {
+  const GroupedForm form(f.groups, f.c / kInputs, f.k, kVec);
+  const int64_t taps = f.r * f.s, size = form.packed_panel(taps);
+  std::fill_n(out + panels.begin * size, panels.size() * size, 0.0f);
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t step = 0; step < form.inputs; ++step) {
+      float* const to = out + panel * size + step * taps * form.panel();
+      for_each_lane<kInputs>(f, form, panel, step, [&](int64_t lane, const float* p) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const uint32_t word = bits(p + tap / f.s * f.r_stride + tap % f.s * f.s_stride);
+          std::memcpy(to + tap * form.panel() + lane, &word, sizeof(word));
+        }
+      });
+    }
+  }
+}
+
+void pack_grouped_float(const FilterView& f, Range panels, float* out) {
+  pack_grouped<1>(f, panels, out, [](const float* p) { return std::bit_cast<uint32_t>(*p); });
+}
+
+void pack_grouped_bf16(const FilterView& f, Range panels, float* out) {
+  pack_grouped<2>(f, panels, out,
+                  [&](const float* p) { return bits_of_pair(p[0], p[f.c_stride]); });
 }
 
 // out = G in, for `columns` rows of a panel each; rows of `in` lie `columns` apart.
@@ -144,6 +189,8 @@ template <typename T>
 PackKernels<T> pack_kernels() {
   return {&pack_direct,
           &pack_direct_bf16,
+          &pack_grouped_float,
+          &pack_grouped_bf16,
           &pack_winograd<2, 3, 1>,
           &pack_winograd<4, 3, 1>,
           &pack_winograd<4, 2, 2>,

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "capability.h"
+#include "conv_grouped.h"
 
 namespace fastres::cpu {
 namespace {
@@ -15,6 +16,8 @@ constexpr int64_t kBlockValues = 256 * 1024, kWinogradBlockValues = 512 * 1024;
 constexpr int64_t kMostPixels = 112;
 // Rows below which another split of the channels serves better than another block.
 constexpr int64_t kLeastRows = 28;
+// Rows of the output that grouped convolutions compute from one packed part of the input.
+constexpr int64_t kMostOutputRows = 14;
 
 // A core's cycles, for comparing one algorithm with another. Measured on a Xeon of the Sapphire
 // Rapids family and on Zen 4.
@@ -37,7 +40,8 @@ Work work_of(const ConvShape& shape, ConvAlgorithm algorithm) {
     return {tiles, form.depth(shape.c), form.positions(),
             static_cast<double>(products) / static_cast<double>(tiles * form.positions())};
   }
-  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
+  if (is_grouped(algorithm)) return {shape.n * shape.p, shape.taps() * shape.c / shape.groups, 1};
+  const int64_t c = shape.c / channels_a_lane(algorithm);
   return {shape.pixels(), round_up(shape.taps() * c, kChunk), 1};
 }
 
@@ -65,6 +69,10 @@ const char* name_of(ConvAlgorithm algorithm) {
       return "direct";
     case ConvAlgorithm::kDirectBf16:
       return "direct_bf16";
+    case ConvAlgorithm::kGrouped:
+      return "grouped";
+    case ConvAlgorithm::kGroupedBf16:
+      return "grouped_bf16";
     case ConvAlgorithm::kWinograd2:
       return "winograd2";
     case ConvAlgorithm::kWinograd4:
@@ -83,10 +91,11 @@ WinogradForm winograd_form(ConvAlgorithm algorithm, int64_t filter) {
 
 bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
   if (!is_own(algorithm) || capability() == Capability::kDefault) return false;
-  if (algorithm == ConvAlgorithm::kDirect) return true;
-  if (algorithm == ConvAlgorithm::kDirectBf16) {
-    return bfloat16_unit() == Bfloat16Unit::kVector && shape.c % 2 == 0;
+  if (is_grouped(algorithm) != (shape.groups > 1)) return false;
+  if (channels_a_lane(algorithm) == 2) {
+    return bfloat16_unit() == Bfloat16Unit::kVector && shape.c / shape.groups % 2 == 0;
   }
+  if (!is_winograd(algorithm)) return true;
   const bool strided = algorithm == ConvAlgorithm::kPolyphase;
   const int64_t stride = strided ? 2 : 1;
   return shape.dilation == Pair{1, 1} && shape.stride == Pair{stride, stride} &&
@@ -95,9 +104,15 @@ bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
 
 void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
 
+ConvAlgorithm choose_grouped(const ConvShape& shape, const ConvChoice& choice) {
+  using enum ConvAlgorithm;
+  return choice.bf16 && can_compute(kGroupedBf16, shape) ? kGroupedBf16 : kGrouped;
+}
+
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
   if (capability() == Capability::kDefault) return kOneDnn;
+  if (shape.groups > 1) return choose_grouped(shape, choice);
   const auto direct = choice.bf16 && can_compute(kDirectBf16, shape) ? kDirectBf16 : kDirect;
   const int64_t largest = largest_tile.load(std::memory_order_relaxed);
   const auto cost = [&](ConvAlgorithm a) {
@@ -125,9 +140,13 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice)
 ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t panel,
                    int64_t threads) {
   const auto work = work_of(shape, algorithm);
-  const int64_t panels = ceil_div(shape.k, panel);
+  const int64_t panels = is_grouped(algorithm)
+                             ? GroupedForm(shape, panel / 2, channels_a_lane(algorithm)).panels()
+                             : ceil_div(shape.k, panel);
   const bool winograd = is_winograd(algorithm);
-  const int64_t most_rows = winograd ? kMostTiles : kMostPixels;
+  const int64_t most_rows = winograd                ? kMostTiles
+                            : is_grouped(algorithm) ? kMostOutputRows
+                                                    : kMostPixels;
   const int64_t values = winograd ? kWinogradBlockValues : kBlockValues;
   const int64_t most = std::clamp(values / work.depth, int64_t{14}, most_rows);
   int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));

@@ -6,13 +6,15 @@
 namespace fastres::cpu {
 
 // kAten and kOneDnn are the libraries'; the others are the project's own: the direct product, of
-// float32 values whatever the activations are or of bfloat16 values, Winograd's F(2x2, 3x3) and
-// F(4x4, 3x3), and its polyphase form for stride 2.
+// float32 values whatever the activations are or of bfloat16 values, the same for groups,
+// Winograd's F(2x2, 3x3) and F(4x4, 3x3), and its polyphase form for stride 2.
 enum class ConvAlgorithm {
   kAten,
   kOneDnn,
   kDirect,
   kDirectBf16,
+  kGrouped,
+  kGroupedBf16,
   kWinograd2,
   kWinograd4,
   kPolyphase
@@ -23,20 +25,31 @@ constexpr bool is_winograd(ConvAlgorithm algorithm) {
   return algorithm >= ConvAlgorithm::kWinograd2;
 }
 
+constexpr bool is_grouped(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::kGrouped || algorithm == ConvAlgorithm::kGroupedBf16;
+}
+
+// Neighbouring input channels that are multiplied in one lane.
+constexpr int64_t channels_a_lane(ConvAlgorithm algorithm) {
+  using enum ConvAlgorithm;
+  return algorithm == kDirectBf16 || algorithm == kGroupedBf16 ? 2 : 1;
+}
+
 // Of a Winograd algorithm, for filters of this size.
 WinogradForm winograd_form(ConvAlgorithm algorithm, int64_t filter);
 
 const char* name_of(ConvAlgorithm algorithm);
 
-// Whether an algorithm of the project's own computes such a convolution. Winograd takes filters
-// without dilation: 3x3 at stride 1, 3x3 and 7x7 at stride 2.
+// Whether an algorithm of the project's own computes such a convolution. kGrouped takes any groups,
+// the others one. Winograd takes filters without dilation: 3x3 at stride 1, 3x3 and 7x7 at
+// stride 2.
 bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape);
 
 struct ConvChoice {
   int64_t panel;  // output channels that are computed together
   bool onednn;    // its convolutions are an alternative
   bool pack;      // the filters have to be packed for this one call
-  bool bf16;      // kDirectBf16 is an alternative
+  bool bf16;      // so are products of bfloat16
 };
 
 // The largest tile that Winograd may use, for the whole process: larger ones save more work and
@@ -46,7 +59,8 @@ void limit_winograd_tile(int64_t pixels);
 // The fastest by a model of the work and of the traffic of weights.
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice);
 
-// A convolution in jobs: `rows` (pixels or tiles) in `blocks`, panels in `splits`.
+// A convolution in jobs: `rows` (pixels, tiles or, of groups, rows of the output) in `blocks`,
+// panels in `splits`.
 struct ConvJobs {
   int64_t rows, blocks, panels, splits;
 

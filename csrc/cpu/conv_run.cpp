@@ -25,6 +25,16 @@ DirectConvKernel<T> direct_kernel([[maybe_unused]] ConvAlgorithm algorithm) {
 }
 
 template <typename T>
+GroupedConvKernel<T> grouped_kernel([[maybe_unused]] ConvAlgorithm algorithm) {
+#if defined(FASTRES_X86)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (algorithm == ConvAlgorithm::kGroupedBf16) return AVX512_BF16::grouped_conv_kernel<T>();
+  }
+#endif
+  return FASTRES_SELECT_VECTOR_KERNELS(grouped_conv_kernel, T);
+}
+
+template <typename T>
 WinogradJob<T>* winograd_job(ConvAlgorithm algorithm, const ConvShape& shape) {
   static const auto winograd = FASTRES_SELECT_VECTOR_KERNELS(winograd_kernels, T);
   static const auto polyphase = FASTRES_SELECT_VECTOR_KERNELS(polyphase_kernels, T);
@@ -43,6 +53,7 @@ template <typename T>
 bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands,
               c10::function_ref<void(Range)> beside) {
   const auto direct = direct_kernel<T>(algorithm);
+  const auto grouped = grouped_kernel<T>(algorithm);
   WinogradJob<T>* const winograd = winograd_job<T>(algorithm, shape);
   const auto jobs = plan_jobs(shape, algorithm, direct.panel, at::get_num_threads());
   const int64_t values = scratch_values(shape, algorithm, jobs.block_rows(), direct.panel);
@@ -52,6 +63,10 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
     float* const scratch = own.of_size(values);
     for (int64_t job = begin; job < end; ++job) {
       const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
+      if (is_grouped(algorithm)) {
+        grouped.run(shape, operands, rows, panels, scratch);
+        continue;
+      }
       if (!is_winograd(algorithm)) {
         direct.run(shape, operands, rows, panels, scratch);
         continue;

@@ -1,6 +1,7 @@
 // How much memory a job of the project's own convolutions packs things into.
 #pragma once
 
+#include "conv_grouped.h"
 #include "conv_plan.h"
 
 namespace fastres::cpu {
@@ -12,7 +13,12 @@ inline int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, i
     const auto form = winograd_form(algorithm, shape.r);
     return form.positions() * (form.rows_stride(shape.c, rows) + rows * panel + kPositionSkew);
   }
-  const int64_t c = algorithm == ConvAlgorithm::kDirectBf16 ? in_pairs(shape).c : shape.c;
+  if (is_grouped(algorithm)) {
+    const GroupedForm form(shape, panel / 2, channels_a_lane(algorithm));
+    const PaddedPart part(shape, rows);
+    return part.rows * part.columns * form.pixel() + kChunk;
+  }
+  const int64_t c = shape.c / channels_a_lane(algorithm);
   return (rows + 1) * round_up(shape.taps() * c, kChunk) + kChunk;
 }
 

@@ -1,4 +1,4 @@
-// What the project's own convolutions are given: one group, NHWC activations.
+// What the project's own convolutions are given: NHWC activations.
 #pragma once
 
 #include <algorithm>
@@ -9,12 +9,13 @@ namespace fastres::cpu {
 
 using Pair = std::array<int64_t, 2>;
 
-// (N, H, W, C) activations, (K, C, R, S) filters, (N, P, Q, K) output.
+// (N, H, W, C) activations, (K, C / groups, R, S) filters, (N, P, Q, K) output.
 struct ConvShape {
   int64_t n, h, w, c;
   int64_t k, r, s;
   int64_t p, q;
   Pair stride, padding, dilation;
+  int64_t groups = 1;
 
   int64_t pixels() const { return n * p * q; }
   int64_t taps() const { return r * s; }
@@ -121,12 +122,14 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// (K, C, R, S) filters anywhere in memory: in elements from one to the next. Where input and output
-// channels are exchanged and the taps run backwards, they are those of the input's gradient.
+// (groups, K, C, R, S) filters anywhere in memory, K and C those of a group: in elements from one
+// to the next. Where input and output channels are exchanged and the taps run backwards, they are
+// those of the input's gradient.
 struct FilterView {
   const float* data;
   int64_t k, c, r, s;
   int64_t k_stride, c_stride, r_stride, s_stride;
+  int64_t groups = 1, group_stride = 0;
 };
 
 // y = act(conv(x) + bias + residual); `bias` and `residual` may be null.

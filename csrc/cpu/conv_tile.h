@@ -269,8 +269,7 @@ struct Finish {
 
   FASTRES_INLINE Vec operator()(Vec v, int64_t offset, int64_t count = kVec) const {
     if (residual != nullptr) v = v + load_vec(residual + offset, count);
-    const Vec least(floor);
-    return Vec::blendv(v, least, v < least);
+    return at::vec::clamp_min(v, Vec(floor));
   }
 };
 

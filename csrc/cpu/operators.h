@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               at::IntArrayRef dilation, int64_t groups,
                                               std::array<bool, 2> output_mask);
 
-// For tests and benchmarks. One convolution by "direct", "winograd2" or "winograd4", without a
+// For tests and benchmarks. One convolution by name, see name_of(), without a
 // second try where a sum is not finite.
 at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t padding,

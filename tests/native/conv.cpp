@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/capability.h"
+#include "../../csrc/cpu/conv_grouped.h"
 #include "../../csrc/cpu/conv_kernels.h"
 #include "../../csrc/cpu/conv_plan.h"
 #include "../../csrc/cpu/conv_scratch.h"
@@ -33,11 +34,11 @@ struct Problem {
   ConvShape shape;
   ConvAlgorithm algorithm;
   bool residual, relu;
-  Values input, filters, bias, added;  // filters: (K, C, R, S)
+  Values input, filters, bias, added;  // filters: (K, C / groups, R, S)
 };
 
 ConvShape make_shape(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t kernel,
-                     int64_t stride, int64_t padding, int64_t dilation) {
+                     int64_t stride, int64_t padding, int64_t dilation, int64_t groups = 1) {
   const auto out = [&](int64_t size) {
     return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
   };
@@ -52,7 +53,8 @@ ConvShape make_shape(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int6
           out(w),
           {stride, stride},
           {padding, padding},
-          {dilation, dilation}};
+          {dilation, dilation},
+          groups};
 }
 
 Problem make_problem(const ConvShape& s, ConvAlgorithm algorithm, bool epilogue) {
@@ -68,7 +70,7 @@ Problem make_problem(const ConvShape& s, ConvAlgorithm algorithm, bool epilogue)
           epilogue,
           epilogue,
           values(s.n * s.h * s.w * s.c),
-          values(s.k * s.c * s.r * s.s),
+          values(s.k * s.c / s.groups * s.r * s.s),
           values(s.k),
           values(s.pixels() * s.k)};
 }
@@ -76,15 +78,16 @@ Problem make_problem(const ConvShape& s, ConvAlgorithm algorithm, bool epilogue)
 // The definition, in fp64.
 double expected(const Problem& p, int64_t n, int64_t y, int64_t x, int64_t k) {
   const auto& s = p.shape;
+  const int64_t channels = s.c / s.groups, first = k / (s.k / s.groups) * channels;
   double sum = p.bias[k];
   for (int64_t r = 0; r < s.r; ++r) {
     for (int64_t t = 0; t < s.s; ++t) {
       const int64_t h = y * s.stride[0] - s.padding[0] + r * s.dilation[0];
       const int64_t w = x * s.stride[1] - s.padding[1] + t * s.dilation[1];
       if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
-      for (int64_t c = 0; c < s.c; ++c) {
-        sum += static_cast<double>(p.input[((n * s.h + h) * s.w + w) * s.c + c]) *
-               p.filters[((k * s.c + c) * s.r + r) * s.s + t];
+      for (int64_t c = 0; c < channels; ++c) {
+        sum += static_cast<double>(p.input[((n * s.h + h) * s.w + w) * s.c + first + c]) *
+               p.filters[((k * channels + c) * s.r + r) * s.s + t];
       }
     }
   }
@@ -96,10 +99,18 @@ Values packed(const Problem& p, int64_t panel) {
   const auto& s = p.shape;
   const int64_t each = is_winograd(p.algorithm) ? winograd_form(p.algorithm, s.r).depth(s.c)
                                                 : round_up(s.taps() * s.c, kChunk);
-  Values out(round_up(s.k, panel) * each);
-  const FilterView view{p.filters.data(), s.k, s.c, s.r, s.s, s.c * s.r * s.s, s.r * s.s, s.s, 1};
+  const int64_t k = s.k / s.groups, c = s.c / s.groups, filter = c * s.taps();
+  const FilterView view{p.filters.data(), k,   c, s.r,      s.s,       filter,
+                        s.taps(),         s.s, 1, s.groups, k * filter};
   const auto kernels = AVX2::pack_kernels<float>();
   using enum ConvAlgorithm;
+  if (p.algorithm == kGrouped) {
+    const GroupedForm form(s, panel / 2);
+    Values out(form.panels() * form.packed_panel(s.taps()));
+    kernels.grouped(view, {0, form.panels()}, out.data());
+    return out;
+  }
+  Values out(round_up(s.k, panel) * each);
   auto* const pack = p.algorithm == kDirect      ? kernels.direct
                      : p.algorithm == kWinograd2 ? kernels.f2
                      : p.algorithm == kWinograd4 ? kernels.f4
@@ -117,6 +128,10 @@ void run_job(const Problem& p, const ConvOperands<float>& operands, const ConvJo
   const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
   if (p.algorithm == ConvAlgorithm::kDirect) {
     AVX2::direct_conv_kernel<float>().run(p.shape, operands, rows, panels, aligned);
+    return;
+  }
+  if (p.algorithm == ConvAlgorithm::kGrouped) {
+    AVX2::grouped_conv_kernel<float>().run(p.shape, operands, rows, panels, aligned);
     return;
   }
   using enum ConvAlgorithm;
@@ -189,6 +204,9 @@ int main() {
   const ConvShape strided[] = {
       make_shape(2, 15, 14, 17, 35, 3, 2, 1, 1), make_shape(1, 16, 16, 48, 33, 3, 2, 1, 1),
       make_shape(1, 23, 21, 3, 40, 7, 2, 3, 1), make_shape(1, 13, 13, 20, 9, 7, 2, 3, 1)};
+  const ConvShape grouped[] = {
+      make_shape(2, 17, 9, 24, 24, 3, 1, 1, 1, 6), make_shape(1, 9, 8, 9, 9, 3, 2, 1, 1, 3),
+      make_shape(1, 6, 7, 32, 64, 3, 1, 2, 2, 2), make_shape(1, 5, 5, 10, 20, 1, 1, 0, 1, 5)};
   for (const bool epilogue : {false, true}) {
     for (const auto& shape : winograd) {
       for (const auto algorithm : {kDirect, kWinograd2, kWinograd4}) {
@@ -196,6 +214,7 @@ int main() {
       }
     }
     for (const auto& shape : strided) check(make_problem(shape, kPolyphase, epilogue));
+    for (const auto& shape : grouped) check(make_problem(shape, kGrouped, epilogue));
     for (const auto& shape : direct) check(make_problem(shape, kDirect, epilogue));
   }
   std::puts("conv: right");
