@@ -10,8 +10,9 @@
 namespace fastres::cpu {
 namespace {
 
-// Packed rows of a block: they share the second-level cache with the panel that they meet. Winograd's
-// lie there one position at a time, and its weights are so many that fewer blocks are worth more.
+// Packed rows of a block: they share the second-level cache with the panel that they meet.
+// Winograd's lie there one position at a time, and its weights are so many that fewer blocks are
+// worth more.
 constexpr int64_t kBlockValues = 256 * 1024, kWinogradBlockValues = 512 * 1024;
 constexpr int64_t kMostPixels = 112;
 // Rows below which another split of the channels serves better than another block.
