@@ -1,5 +1,7 @@
 """The CPU's own grouped convolutions: agreement with eager, their choice, their gradients."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,21 @@ def test_training_agrees_with_eager(shape, dtype, layout):
     for name, a, b, t in zip(("output", "grad of input"), ours, theirs, truth, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert_close(a, b, t, name)
+
+
+def test_who_computes_what():
+    """ResNeXt's groups are ours, single channels oneDNN's. Where filters are packed for one call,
+    only groups that do not fill a vector are ours."""
+    resnext = ((4, 128, 56), (8, 256, 28), (16, 512, 14), (32, 1024, 7))
+    for n, (width, channels, size) in itertools.product((1, 8), resnext):
+        assert chosen(n, width, channels, size) == "grouped"
+        assert chosen(n, width, channels, 2 * size, stride=2) == "grouped"
+    assert chosen(1, 1, 64, 56) == chosen(1, 128, 256, 28) == "onednn"
+    assert chosen(8, 4, 128, 56, training=True) == "grouped"
+    assert chosen(8, 32, 1024, 7, training=True) == "onednn"
+    fewer = torch.empty(8, 4, 3, 3, device="meta")  # one output a group: most lanes would be idle
+    images = torch.empty(1, 32, 9, 9, device="meta")
+    assert ops.extension.conv_algorithm(images, fewer, 1, 1, 1, False) == "onednn"
 
 
 def test_what_is_not_finite_stays_in_its_group():

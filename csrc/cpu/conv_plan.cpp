@@ -19,6 +19,8 @@ constexpr int64_t kMostPixels = 112;
 constexpr int64_t kLeastRows = 28;
 // Rows of the output that grouped convolutions compute from one packed part of the input.
 constexpr int64_t kMostOutputRows = 14;
+// Channels of a group up to which they are ahead of oneDNN's in inference, as measured on Zen 4.
+constexpr int64_t kWidestGroup = 64;
 
 // A core's cycles, for comparing one algorithm with another. Measured on a Xeon of the Sapphire
 // Rapids family and on Zen 4.
@@ -56,6 +58,20 @@ double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice&
   const double products = rows * depth * outputs + (rows * depth + sums) * kTransform +
                           (pack ? depth * outputs * kPack : 0);
   return products / multiply_adds() + depth * outputs * sizeof(float) / kBytes;
+}
+
+ConvAlgorithm choose_grouped(const ConvShape& shape, const ConvChoice& choice) {
+  using enum ConvAlgorithm;
+  const auto own = choice.bf16 && can_compute(kGroupedBf16, shape) ? kGroupedBf16 : kGrouped;
+  const GroupedForm form(shape, choice.panel / 2, channels_a_lane(own));
+  if (2 * shape.k < form.panels() * form.panel()) return kOneDnn;  // most lanes idle
+  if (!choice.onednn) return own;
+  // oneDNN is ahead where a group is one channel, and where whole vectors of channels leave it all
+  // to multiplying. In training, without the epilogue and with filters to pack, that is earlier.
+  if (form.outputs == 1) return kOneDnn;
+  const bool ahead = choice.pack ? form.is_narrow() && (shape.stride[1] == 1 || !choice.bf16)
+                                 : form.outputs <= kWidestGroup;
+  return ahead ? own : kOneDnn;
 }
 
 }  // namespace
@@ -104,11 +120,6 @@ bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
 }
 
 void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
-
-ConvAlgorithm choose_grouped(const ConvShape& shape, const ConvChoice& choice) {
-  using enum ConvAlgorithm;
-  return choice.bf16 && can_compute(kGroupedBf16, shape) ? kGroupedBf16 : kGrouped;
-}
 
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
