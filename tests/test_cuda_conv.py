@@ -7,53 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import assert_close, assert_same_bits
-
-LAST = torch.channels_last
-MULTIPROCESSORS = 3  # fewer blocks than tiles: they are persistent
-
-# n, c, h, w, k, r, s, stride, padding, dilation: a ResNet's kinds, and odd ones
-SHAPES = {
-    "1x1": (2, 64, 9, 8, 128, 1, 1, (1, 1), (0, 0), (1, 1)),
-    "1x1, stride 2": (3, 72, 14, 15, 64, 1, 1, (2, 2), (0, 0), (1, 1)),
-    "3x3": (2, 64, 14, 14, 64, 3, 3, (1, 1), (1, 1), (1, 1)),
-    "3x3, stride 2": (3, 8, 15, 12, 136, 3, 3, (2, 2), (1, 1), (1, 1)),
-    "3x3, dilated": (1, 16, 20, 17, 72, 3, 3, (1, 1), (2, 2), (2, 2)),
-    "stem": (1, 8, 31, 29, 64, 7, 7, (2, 2), (3, 3), (1, 1)),
-    "oblong": (2, 24, 11, 9, 8, 2, 5, (1, 3), (0, 4), (3, 1)),
-    "one pixel": (5, 128, 1, 1, 264, 1, 1, (1, 1), (0, 0), (1, 1)),
-    "padded only": (1, 8, 2, 2, 64, 1, 1, (1, 1), (3, 3), (1, 1)),
-}
-
-
-def numbers(shape):
-    n, c, h, w, k, r, s, *pairs = shape
-    return emulating.integers(n, h, w, c, k, r, s, *(value for pair in pairs for value in pair))
-
-
-def operands_for(shape, dtype, residual=False):
-    n, c, h, w, k, r, s, stride, padding, dilation = shape
-    x = torch.randn(n, c, h, w, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
-    f = torch.randn(k, c, r, s, dtype=torch.float64) / (c * r * s) ** 0.5
-    f = f.to(dtype).contiguous(memory_format=LAST)
-    if min(x.stride()) != x.stride(1):
-        x = x.as_strided(x.shape, (c * h * w, 1, w * c, c))
-    raw = F.conv2d(x.double(), f.double(), None, stride, padding, dilation)
-    skip = torch.randn(raw.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
-    return x, f, raw, skip if residual else None
-
+from emulated_conv import MULTIPROCESSORS, SHAPES, numbers, operands_for, pixels_of
 
 def convolve(shape, x, f, skip, raw, scale, shift, tile, moments, relu):
     guard = emulating.Guarded()
     n, k, p, q = raw.shape
     y = guard.empty_like(torch.empty(n * p * q * k, dtype=x.dtype))
     mean, invstd = (guard.empty_like(torch.empty(k)) for _ in range(2))
-    filters = f.permute(0, 2, 3, 1).contiguous()
-    pixels = x.permute(0, 2, 3, 1).contiguous()
-    skip = None if skip is None else skip.permute(0, 2, 3, 1).contiguous()
     emulating.call(
         emulating.library("conv_fprop").conv_fprop, emulating.dtype_name(x), numbers(shape),
-        emulating.arrays(pixels, filters, skip, y, scale, shift, mean, invstd), tile,
-        MULTIPROCESSORS, moments, relu,
+        emulating.arrays(
+            pixels_of(x), pixels_of(f), pixels_of(skip), y, scale, shift, mean, invstd
+        ),
+        tile, MULTIPROCESSORS, moments, relu,
     )  # fmt: skip
     guard.check()
     return y.view(n, p, q, k).permute(0, 3, 1, 2), mean, invstd
@@ -119,25 +85,6 @@ def test_what_the_tensor_maps_cannot_say():
         assert not fits(numbers(shape)), shape
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2])
-def test_gradient_of_the_input(padding):
-    """At stride 1: the convolution of the output's gradient with turned filters, padded by what the
-    forward one lacks of a full one."""
-    shape = (2, 16, 10, 9, 72, 3, 3, (1, 1), (padding,) * 2, (1, 1))
-    x, f, raw, _ = operands_for(shape, torch.bfloat16)
-    grad = torch.randn(raw.shape, dtype=torch.float64).to(x.dtype)
-    n, k, p, q = raw.shape
-    turned = (n, k, p, q, 16, 3, 3, (1, 1), (2 - padding,) * 2, (1, 1))
-    filters = f.flip((2, 3)).transpose(0, 1)
-    found, *_ = convolve(turned, grad, filters, None, x, None, None, 64, False, False)
-
-    def gradient(x, f, grad):
-        return torch.nn.grad.conv2d_input(x.shape, f, grad, *shape[7:])
-
-    exact = gradient(x.double(), f.double(), grad.double())
-    assert_close(found, gradient(x, f, grad), exact)
-
-
 @pytest.mark.parametrize("multiprocessors", [3, 40])
 @pytest.mark.parametrize("name", SHAPES)
 def test_gradient_of_the_filters(name, multiprocessors):
@@ -156,10 +103,7 @@ def test_gradient_of_the_filters(name, multiprocessors):
     found = guard.empty_like(torch.empty(f.numel(), dtype=dtype))
     emulating.call(
         emulating.library("conv_wgrad").conv_wgrad, emulating.dtype_name(x), numbers(shape),
-        emulating.arrays(
-            grad.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1).contiguous(), found
-        ),
-        multiprocessors,
+        emulating.arrays(pixels_of(grad), pixels_of(x), found), multiprocessors,
     )  # fmt: skip
     guard.check()
     k, c, r, s = f.shape

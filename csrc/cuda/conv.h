@@ -11,9 +11,12 @@
 
 namespace fastres::cuda {
 
-// Whether the project's kernel computes this convolution: 16-bit values, one group, whole packs of
-// channels, on a GPU of compute capability 9.0 for which it was compiled.
+// Whether the project's kernels compute this convolution, its gradient of the filters: 16-bit
+// values, one group, whole packs of channels, on a GPU of compute capability 9.0 for which they
+// were compiled. The rest, a stem's three channels and ResNeXt's groups with it, is the vendor's.
 bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g);
+bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
+                      const cpu::ConvGeometry& g);
 
 // act(conv2d(input, weight) * scale + shift + residual) by it; scale and shift: K values in
 // float32, or none.
@@ -29,10 +32,14 @@ struct ConvMoments {
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
                              const cpu::ConvGeometry& g);
 
-// The gradient of the filters by it, shaped as weight and in input's dtype; grad_output has the
+// The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
 // convolution's shape.
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
                      const at::Tensor& weight, const cpu::ConvGeometry& g);
+
+// Throws where grad_output is not like the convolution's output.
+void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, const cpu::ConvGeometry& g);
 
 // PyTorch's own, in the dtype of input.
 at::Tensor vendor_conv(const at::Tensor& input, const at::Tensor& weight,
