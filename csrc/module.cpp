@@ -32,6 +32,7 @@ TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("bn_relu_backward", &fastres::cuda::bn_relu_backward);
   m.impl("conv", &fastres::cuda::conv);
   m.impl("conv_dgrad", &fastres::cuda::conv_dgrad);
+  m.impl("conv_dgrad_bn_relu", &fastres::cuda::conv_dgrad_bn_relu);
   m.impl("conv_wgrad", &fastres::cuda::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cuda::conv_bn_relu);
   m.impl("conv_bn_relu_training", &fastres::cuda::conv_bn_relu_training);

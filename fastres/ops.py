@@ -45,6 +45,10 @@ _SCHEMAS = {
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     "conv": f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_dgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    "conv_dgrad_bn_relu": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "Tensor bn_input, Tensor? bn_weight, Tensor save_mean, Tensor save_invstd, "
+    "bool[3] output_mask) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     "conv_wgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
     "bool[2] output_mask) -> (Tensor grad_weight, Tensor grad_bias)",
     "conv_bn_relu": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -79,6 +83,7 @@ bn_relu = torch.ops.fastres.bn_relu.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
 conv = torch.ops.fastres.conv.default
 conv_dgrad = torch.ops.fastres.conv_dgrad.default
+conv_dgrad_bn_relu = torch.ops.fastres.conv_dgrad_bn_relu.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
@@ -165,6 +170,18 @@ def _conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
     return conv_gradients(
         grad_output, input, weight, stride, padding, dilation, groups, [True, False, False]
     )[0]
+
+
+def _conv_dgrad_bn_relu(
+    grad_output, input, weight, stride, padding, dilation, groups,
+    bn_input, bn_weight, save_mean, save_invstd, output_mask,
+):  # fmt: skip
+    """Through a convolution of ``input = relu(batch_norm(bn_input) + residual)``, in training:
+    ``conv_dgrad``, whose result the ReLU masks, and ``bn_relu_backward``."""
+    grad = conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups)
+    return bn_relu_backward(
+        grad, bn_input, input, bn_weight, None, save_mean, save_invstd, True, True, output_mask
+    )
 
 
 def _conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):
@@ -279,6 +296,16 @@ def _fake_conv_bn_relu_training(
 def _fake_conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
     _check_device(input, grad_output, weight)
     return _like(input)
+
+
+def _fake_conv_dgrad_bn_relu(
+    grad_output, input, weight, stride, padding, dilation, groups,
+    bn_input, bn_weight, save_mean, save_invstd, output_mask,
+):  # fmt: skip
+    _check_device(input, grad_output, weight, bn_input, bn_weight, save_mean, save_invstd)
+    return _fake_bn_relu_backward(
+        input, bn_input, input, bn_weight, None, save_mean, save_invstd, True, True, output_mask
+    )
 
 
 def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):

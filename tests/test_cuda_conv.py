@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from agreement import assert_close, assert_same_bits
 from emulated_conv import MULTIPROCESSORS, SHAPES, numbers, operands_for, pixels_of
 
+
 def convolve(shape, x, f, skip, raw, scale, shift, tile, moments, relu):
     guard = emulating.Guarded()
     n, k, p, q = raw.shape

@@ -48,6 +48,12 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
                       const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                       at::IntArrayRef dilation, int64_t groups);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_dgrad_bn_relu(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    const at::Tensor& bn_input, const std::optional<at::Tensor>& bn_weight,
+    const at::Tensor& save_mean, const at::Tensor& save_invstd, std::array<bool, 3> output_mask);
+
 std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,
                                               at::IntArrayRef stride, at::IntArrayRef padding,
