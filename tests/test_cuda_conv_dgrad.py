@@ -46,7 +46,12 @@ def test_strides_are_taken_apart_exhaustively():
     assert all(covers(shape) for shape in STRIDED.values())
 
 
-def dgrad(shape, dy, f, x_shape, masks=None, tile=64):
+# kernel and filters of its tiles
+KERNELS = [("sm90", 64), ("sm90", 128), ("sm90", 256), ("portable", 64), ("portable", 128)]
+BY_KERNEL = {"ids": lambda kernel: "-".join(map(str, kernel))}
+
+
+def dgrad(shape, dy, f, x_shape, masks=None, kernel=KERNELS[0]):
     """The gradient of x; with ``masks`` (ReLU's output, batch norm's input and mean) also slopes and
     gradients of weight and bias as bn_relu_finish_sums gives them for an invstd of 1."""
     guard = emulating.Guarded()
@@ -60,7 +65,7 @@ def dgrad(shape, dy, f, x_shape, masks=None, tile=64):
             pixels_of(dy), pixels_of(f), dx, pixels_of(y), pixels_of(behind), mean, slopes, weight,
             bias,
         ),
-        masks is not None, tile, MULTIPROCESSORS,
+        kernel[0] == "portable", masks is not None, kernel[1], MULTIPROCESSORS,
     )  # fmt: skip
     guard.check()
     return dx.view(n, h, w, c).permute(0, 3, 1, 2), slopes.view(c, 2), weight, bias
@@ -77,12 +82,12 @@ def gradient_operands(name, dtype):
     return shape, x, f, dy
 
 
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS, **BY_KERNEL)
 @pytest.mark.parametrize("name", STRIDED)
-def test_gradient_of_the_input(name, tile):
-    dtype = torch.bfloat16 if (tile == 128) != (len(name) % 2 == 0) else torch.float16
+def test_gradient_of_the_input(name, kernel):
+    dtype = torch.bfloat16 if (kernel[1] == 128) != (len(name) % 2 == 0) else torch.float16
     shape, x, f, dy = gradient_operands(name, dtype)
-    found, *_ = dgrad(shape, dy, f, x.shape, tile=tile)
+    found, *_ = dgrad(shape, dy, f, x.shape, kernel=kernel)
     exact = gradient(shape, *(t.double() for t in (x, f, dy)))
     assert_close(found, gradient(shape, x, f, dy), exact, name)
 
@@ -96,18 +101,18 @@ def masked(shape, x, f, dy, y, behind, mean):
     return g, (wide * centred).sum((0, 2, 3)), wide.sum((0, 2, 3))
 
 
-@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k[1] < 256], **BY_KERNEL)
 @pytest.mark.parametrize("name", STRIDED)
-def test_masked_and_reduced(name, tile):
+def test_masked_and_reduced(name, kernel):
     """dx where the ReLU let pass, and the sums that the batch norm behind it needs."""
-    dtype = torch.bfloat16 if (tile == 128) == (len(name) % 2 == 0) else torch.float16
+    dtype = torch.bfloat16 if (kernel[1] == 128) == (len(name) % 2 == 0) else torch.float16
     shape, x, f, dy = gradient_operands(name, dtype)
     y = x.clone().relu_()
     y[0, 0, 0, 0] = float("nan")  # passes, as in threshold_backward
     behind = torch.randn(x.shape, dtype=torch.float64).to(dtype)
     mean = torch.randn(x.shape[1])
     operands = (x, f, dy, y, behind, mean)
-    found, slopes, weight, bias = dgrad(shape, dy, f, x.shape, (y, behind, mean), tile)
+    found, slopes, weight, bias = dgrad(shape, dy, f, x.shape, (y, behind, mean), kernel)
     truth = masked(shape, *(t.double() for t in operands))
     eager = masked(shape, *operands)
     assert_close(found, eager[0], truth[0], name)
@@ -120,9 +125,10 @@ def test_masked_and_reduced(name, tile):
     assert_close(slopes, torch.stack(eager[1:], 1) / count, exact, name, torch.float32)
 
 
+@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3]], **BY_KERNEL)
 @pytest.mark.parametrize("name", ["3x3", "3x3, stride 2"])
-def test_two_runs_give_the_same_bits(name):
+def test_two_runs_give_the_same_bits(name, kernel):
     shape, x, f, dy = gradient_operands(name, torch.bfloat16)
     masks = (x.relu(), torch.randn(x.shape).to(x.dtype), torch.randn(x.shape[1]))
-    runs = [dgrad(shape, dy, f, x.shape, masks) for _ in range(2)]
+    runs = [dgrad(shape, dy, f, x.shape, masks, kernel) for _ in range(2)]
     assert_same_bits(*(dict(enumerate(run)) for run in runs))

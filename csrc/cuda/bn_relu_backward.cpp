@@ -8,7 +8,7 @@ namespace fastres::cuda {
 using Tensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Tensors bn_relu_backward_of(const BnReluBackwardArguments& b, const at::Tensor& known,
-                               int64_t segments) {
+                            int64_t segments) {
   const auto& input = b.input;
   const auto [want_input, want_residual, want_parameters] = b.output_mask;
   const auto format = output_format(input);
@@ -61,11 +61,11 @@ Tensors bn_relu_backward_of(const BnReluBackwardArguments& b, const at::Tensor& 
 }
 
 Tensors bn_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                            const std::optional<at::Tensor>& output,
-                            const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& bias, const at::Tensor& save_mean,
-                            const at::Tensor& save_invstd, bool training, bool relu,
-                            std::array<bool, 3> output_mask) {
+                         const std::optional<at::Tensor>& output,
+                         const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, const at::Tensor& save_mean,
+                         const at::Tensor& save_invstd, bool training, bool relu,
+                         std::array<bool, 3> output_mask) {
   check_bn_relu_backward(grad_output, input, output, weight, bias, save_mean, save_invstd,
                          at::kCUDA);
   const Below below(input.device());

@@ -1,4 +1,4 @@
-// The convolutions that the operators share: the kernel for sm_90a where it serves, else the
+// The convolutions that the operators share: the project's kernels where they serve, else the
 // vendor's.
 #pragma once
 
@@ -12,8 +12,9 @@
 namespace fastres::cuda {
 
 // Whether the project's kernels compute this convolution, its gradient of the filters: 16-bit
-// values, one group, whole packs of channels, on a GPU of compute capability 9.0 for which they
-// were compiled. The rest, a stem's three channels and ResNeXt's groups with it, is the vendor's.
+// values, one group, whole packs of channels; the output on every GPU from sm_80 on, that gradient
+// on one of compute capability 9.0 for which it was compiled. The rest, a stem's three channels and
+// ResNeXt's groups with it, is the vendor's.
 bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g);
 bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
                       const cpu::ConvGeometry& g);

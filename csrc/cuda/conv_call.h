@@ -15,14 +15,18 @@ at::Tensor operand(const at::Tensor& t);
 // Whether the project has kernels for values like these, and 32 bits can count an image's.
 bool has_own_values(const at::Tensor& input);
 
+enum class ConvKernel { kNone, kPortable, kSm90 };
+
 // One launch of the convolution that serves on the device of `like`.
 struct ConvCall {
   ConvShape shape;
   Epilogue epilogue;
-  bool serves;
+  ConvKernel kernel;
   int multiprocessors, tile_k;
 
   ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue);
+
+  bool serves() const { return kernel != ConvKernel::kNone; }
 
   // Of statistics, for every filter.
   int segments() const { return ConvTiles::of(shape, tile_k).down; }

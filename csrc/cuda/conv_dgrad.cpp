@@ -33,7 +33,7 @@ struct Dgrad {
       if (!part.has_taps()) continue;
       const auto& call = calls.emplace_back(grad_output, part.conv, epilogue);
       segments += call.segments();
-      serves = serves && call.serves;
+      serves = serves && call.serves();
     }
   }
 

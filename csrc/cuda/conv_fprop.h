@@ -46,6 +46,8 @@ struct ConvFprop {
   void* output;
   PixelGrid grid;  // of the output and what lies beside it
   ConvEpilogue epilogue;
+  Vectors<float>
+      prologue;  // C values: the input is relu(batch_norm(input)); in conv_fprop_sm80.cuh
 };
 
 // In conv_fprop.cu: a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.
@@ -53,6 +55,11 @@ struct ConvFprop {
 bool has_conv_fprop();
 void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
                        const ConvShape& shape, const ConvFprop& f, int tile_k, int multiprocessors);
+
+// In conv_fprop_sm80.cu: a convolution whose shape fits_packs(), likewise, on sm_80 and later;
+// tiles of 64 or 128 filters.
+void launch_conv_portable(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
+                          const ConvShape& shape, const ConvFprop& f, int tile_k);
 
 // Vectors of K values; conv_bias, weight and bias may be null.
 template <typename A>

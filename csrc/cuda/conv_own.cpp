@@ -12,6 +12,12 @@ bool is_sm90(const at::Tensor& t) {
          attribute(cudaDevAttrComputeCapabilityMinor, t) == 0;
 }
 
+ConvKernel kernel_for(const at::Tensor& t, const ConvShape& shape) {
+  if (is_sm90(t) && fits_im2col(shape)) return ConvKernel::kSm90;
+  const bool portable = attribute(cudaDevAttrComputeCapabilityMajor, t) >= 8 && fits_packs(shape);
+  return portable ? ConvKernel::kPortable : ConvKernel::kNone;
+}
+
 // The operands of a convolution forward, and where its output goes.
 struct Forward {
   at::Tensor x, weight, residual, output;
@@ -60,19 +66,25 @@ bool has_own_values(const at::Tensor& t) {
 ConvCall::ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue)
     : shape(shape),
       epilogue(epilogue),
-      serves(is_sm90(like) && fits_im2col(shape)),
+      kernel(kernel_for(like, shape)),
       multiprocessors(cuda::multiprocessors(like)),
-      tile_k(choose_tile_k(shape, multiprocessors, most_tile_k(epilogue))) {}
+      tile_k(choose_tile_k(shape, multiprocessors,
+                           kernel == ConvKernel::kSm90 ? most_tile_k(epilogue) : 128)) {}
 
 void ConvCall::operator()(const at::Tensor& like, const ConvFprop& f) const {
-  launch_conv_fprop(current_stream(like), like.scalar_type() == at::kBFloat16, epilogue, shape, f,
-                    tile_k, multiprocessors);
+  const auto stream = current_stream(like);
+  const bool bfloat16 = like.scalar_type() == at::kBFloat16;
+  if (kernel == ConvKernel::kSm90)
+    launch_conv_fprop(stream, bfloat16, epilogue, shape, f, tile_k, multiprocessors);
+  else
+    launch_conv_portable(stream, bfloat16, epilogue, shape, f, tile_k);
 }
 
 bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight,
                      const cpu::ConvGeometry& g) {
   if (!has_own_values(input) || g.groups != 1) return false;
-  return ConvCall(input, conv_shape_of(input.sizes(), weight.sizes(), g), Epilogue::kApply).serves;
+  return ConvCall(input, conv_shape_of(input.sizes(), weight.sizes(), g), Epilogue::kApply)
+      .serves();
 }
 
 at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,

@@ -4,8 +4,8 @@
 
 #include "../../csrc/cuda/bn_relu_backward.cuh"
 #include "../../csrc/cuda/conv_dgrad_plan.h"
-#include "../../csrc/cuda/conv_fprop_sm90.cuh"
 #include "calls.h"
+#include "either.h"
 #include "shapes.h"
 
 using namespace fastres::cuda;
@@ -32,37 +32,35 @@ std::vector<T> filters_of(const DgradClass& part, const ConvShape& s, const T* w
 // arrays: grad_output, filter, grad_input; of the masked form also the ReLU's output, batch norm's
 // input and mean (C), and slopes, grad_weight and grad_bias (C)
 extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, void** arrays,
-                                  bool masked, int tile_k, int multiprocessors) {
+                                  bool portable, bool masked, int tile_k, int multiprocessors) {
   return with_16_bits(dtype, [&](auto type) {
     using T = decltype(type);
     const ConvShape shape = shape_of(numbers);
     const auto v = [&](int i) { return static_cast<float*>(arrays[i]); };
-    const emulator::Queue queue;
     const auto classes = dgrad_classes(shape);
     int segments = 0;
     for (const auto& part : classes) {
       if (part.has_taps()) segments += ConvTiles::of(part.conv, tile_k).down;
     }
     std::vector<Sums<float>> sums(size_t(shape.c) * segments, {NAN, NAN});
-    ConvFprop f{arrays[0], nullptr, {}, arrays[2], {}, {}};
+    ConvFprop f{arrays[0], nullptr, {}, arrays[2], {}, {}, {}};
     if (masked) f.beside[0] = arrays[3], f.beside[1] = arrays[4];
     f.epilogue.mean = v(5), f.epilogue.sums = sums.data(), f.epilogue.segments = segments;
     for (const auto& part : classes) {
       if (!part.has_taps()) continue;
-      if (!fits_im2col(part.conv)) throw std::runtime_error("does not fit");
       const auto filters = filters_of(part, shape, static_cast<const T*>(arrays[1]));
       f.filter = filters.data(), f.grid = part.grid;
       with_epilogue(masked ? Epilogue::kMask : Epilogue::kApply, [&](auto kind) {
-        conv_fprop_sm90_run<T, kind>(queue, part.conv, f, tile_k, multiprocessors);
+        run_either<T, kind>(portable, part.conv, f, tile_k, multiprocessors);
       });
       f.epilogue.first += ConvTiles::of(part.conv, tile_k).down;
     }
     if (!masked) return;
     const std::vector<float> ones(shape.c, 1);
-    queue(bn_relu_finish_sums<float>, warps_of_blocks(shape.c), kThreads,
-          static_cast<const Sums<float>*>(sums.data()), ones.data(), int64_t(shape.c),
-          int64_t(segments), shape.n * shape.h * shape.w, static_cast<Slopes<float>*>(arrays[6]),
-          v(7), v(8));
+    emulator::Queue()(bn_relu_finish_sums<float>, warps_of_blocks(shape.c), kThreads,
+                      static_cast<const Sums<float>*>(sums.data()), ones.data(), int64_t(shape.c),
+                      int64_t(segments), shape.n * shape.h * shape.w,
+                      static_cast<Slopes<float>*>(arrays[6]), v(7), v(8));
   });
 }
 
