@@ -43,6 +43,8 @@ _SCHEMAS = {
     "Tensor? bias, Tensor save_mean, Tensor save_invstd, bool training, bool relu, "
     "bool[3] output_mask) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    "bn_relu_conv": "(Tensor input, Tensor running_mean, Tensor running_var, Tensor? bn_weight, "
+    f"Tensor? bn_bias, float eps, Tensor weight, {_GEOMETRY}) -> Tensor",
     "conv": f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_dgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
     "conv_dgrad_bn_relu": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
@@ -81,6 +83,7 @@ add_relu = torch.ops.fastres.add_relu.default
 add_relu_backward = torch.ops.fastres.add_relu_backward.default
 bn_relu = torch.ops.fastres.bn_relu.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
+bn_relu_conv = torch.ops.fastres.bn_relu_conv.default
 conv = torch.ops.fastres.conv.default
 conv_dgrad = torch.ops.fastres.conv_dgrad.default
 conv_dgrad_bn_relu = torch.ops.fastres.conv_dgrad_bn_relu.default
@@ -150,6 +153,17 @@ def _bn_relu(
 
 def _bn_relu_backward(*args):
     return reference.bn_relu_backward(*args)
+
+
+def _bn_relu_conv(
+    input, running_mean, running_var, bn_weight, bn_bias, eps,
+    weight, stride, padding, dilation, groups,
+):  # fmt: skip
+    """``conv2d(relu(batch_norm(input)), weight)`` with the running statistics, or others."""
+    y, *_ = reference.bn_relu_forward(
+        input, None, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps, True
+    )
+    return conv(y, weight, None, stride, padding, dilation, groups)
 
 
 def _conv(input, weight, bias, stride, padding, dilation, groups):
@@ -315,6 +329,14 @@ def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, grou
         torch.empty_like(weight) if want_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if want_bias else 0),
     )
+
+
+def _fake_bn_relu_conv(
+    input, running_mean, running_var, bn_weight, bn_bias, eps,
+    weight, stride, padding, dilation, groups,
+):  # fmt: skip
+    _check_device(input, running_mean, running_var, bn_weight, bn_bias, weight)
+    return _fake_conv(input, weight, None, stride, padding, dilation, groups)
 
 
 def _fake_conv(input, weight, bias, stride, padding, dilation, groups):

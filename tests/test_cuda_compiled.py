@@ -106,7 +106,7 @@ def test_wide_accesses_and_no_local_memory(architecture):
 
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")
 @pytest.mark.parametrize("stem, forms", [
-    ("conv_fprop_sm90", 16),  # two types, three widths, three epilogues but for the widest masked
+    ("conv_fprop_sm90", 20),  # two types, three widths, two epilogues; two widths masked, prologue
     ("conv_wgrad_sm90", 4),  # two types, two widths
 ])  # fmt: skip
 def test_the_convolutions_use_hoppers_units(stem, forms):
@@ -123,7 +123,7 @@ def test_the_convolutions_use_hoppers_units(stem, forms):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_portable_convolution_uses_tensor_cores(architecture):
     found = {k: v for k, v in instructions(architecture).items() if "conv_fprop_sm80" in k}
-    assert len(found) == 12  # two types, two widths, three epilogues
+    assert len(found) == 16  # two types, two widths, three epilogues and a prologue
     for name, counter in found.items():
         filters = int(re.search(r"Li(\d+)E", name)[1])
         assert count(counter, "HMMA", "16816", "F32") >= filters // 4, name

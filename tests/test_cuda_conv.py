@@ -96,11 +96,13 @@ def test_what_the_tensor_maps_cannot_say():
         assert not fits(numbers(shape)), shape
 
 
-@pytest.mark.parametrize("kernel", KERNELS[3:], ids=lambda kernel: "-".join(map(str, kernel)))
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k[1] < 256], ids=lambda kernel: "-".join(map(str, kernel))
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_prologue(name, kernel):
     """The convolution of relu(batch_norm(x)), rounded as bn_relu rounds it; padding stays zero,
-    which is not what batch norm makes of it, and a channel of NaN stays one."""
+    which is not what batch norm makes of it."""
     shape, dtype = SHAPES[name], torch.bfloat16 if kernel[1] == 64 else torch.float16
     x, f, raw, _ = operands_for(shape, dtype)
     mean, invstd, weight, bias = (torch.randn(shape[1]) for _ in range(4))

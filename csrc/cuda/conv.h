@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../conv_bn.h"
+#include "bn_relu.h"
 
 namespace fastres::cuda {
 
@@ -19,11 +20,16 @@ bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cp
 bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
                       const cpu::ConvGeometry& g);
 
-// act(conv2d(input, weight) * scale + shift + residual) by it; scale and shift: K values in
+// act(conv2d(input, weight) * scale + shift + residual) by them; scale and shift: K values in
 // float32, or none.
 at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
                     const at::Tensor& scale, const at::Tensor& shift,
                     const std::optional<at::Tensor>& residual, bool relu);
+
+// conv2d(relu((input - mean) * weight * invstd + bias), weight) by them; prologue: C values in
+// float32, weight and bias may be null.
+at::Tensor own_bn_relu_conv(const at::Tensor& input, const Vectors<float>& prologue,
+                            const at::Tensor& weight, const cpu::ConvGeometry& g);
 
 // conv2d(input, weight), and the moments of every filter's values: (K, segments) of Moments<float>.
 struct ConvMoments {

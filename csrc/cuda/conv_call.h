@@ -24,7 +24,8 @@ struct ConvCall {
   ConvKernel kernel;
   int multiprocessors, tile_k;
 
-  ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue);
+  ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue,
+           bool prologue = false);
 
   bool serves() const { return kernel != ConvKernel::kNone; }
 

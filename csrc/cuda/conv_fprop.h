@@ -14,8 +14,11 @@ namespace fastres::cuda {
 //   tile of g and of g * (x - mean), before they are rounded: what bn_relu_backward begins with.
 enum class Epilogue { kApply, kMoments, kMask };
 
-// Filters of a tile at most: two arrays beside the output leave less room.
-constexpr int most_tile_k(Epilogue epilogue) { return epilogue == Epilogue::kMask ? 128 : 256; }
+// Filters of a tile on sm_90 at most: two arrays beside the output leave less room, a prologue
+// fewer registers.
+constexpr int most_tile_k(Epilogue epilogue, bool prologue) {
+  return prologue || epilogue == Epilogue::kMask ? 128 : 256;
+}
 
 // f(epilogue) as a constant.
 template <typename F>
@@ -46,8 +49,7 @@ struct ConvFprop {
   void* output;
   PixelGrid grid;  // of the output and what lies beside it
   ConvEpilogue epilogue;
-  Vectors<float>
-      prologue;  // C values: the input is relu(batch_norm(input)); in conv_fprop_sm80.cuh
+  Vectors<float> prologue = {};  // C values: the input is relu(batch_norm(input)); null: itself
 };
 
 // In conv_fprop.cu: a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.

@@ -9,9 +9,12 @@ void launch_conv_portable(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
                           const ConvShape& shape, const ConvFprop& f, int tile_k) {
   const Queue queue("conv_fprop", stream);
   const auto run = [&](auto type) {
-    with_epilogue(epilogue, [&](auto kind) {
-      conv_fprop_sm80_run<decltype(type), kind>(queue, shape, f, tile_k);
-    });
+    using T = decltype(type);
+    if (f.prologue.mean) {  // kApply
+      return conv_fprop_sm80_run<T, Epilogue::kApply, true>(queue, shape, f, tile_k);
+    }
+    with_epilogue(epilogue,
+                  [&](auto kind) { conv_fprop_sm80_run<T, kind>(queue, shape, f, tile_k); });
   };
   if (bfloat16)
     run(__nv_bfloat16());
@@ -33,6 +36,7 @@ std::vector<KernelEntry> conv_portable_entries() {
       entry("bfloat16 128 filters", conv_fprop_sm80<T, 128, kApply, false>, kBytes),
       entry("bfloat16 128 filters moments", conv_fprop_sm80<T, 128, kMoments, false>, kBytes),
       entry("bfloat16 128 filters mask", conv_fprop_sm80<T, 128, kMask, false>, kBytes),
+      entry("bfloat16 128 filters prologue", conv_fprop_sm80<T, 128, kApply, true>, kBytes),
   };
 }
 

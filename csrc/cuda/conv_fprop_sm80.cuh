@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv_epilogue.cuh"
+#include "conv_prologue.cuh"
 #include "sm80.cuh"
 
 namespace fastres::cuda {
@@ -36,24 +37,12 @@ __device__ inline char* pack_in(char* rows, int row, int pack) {
   return rows + row * 64 + (pack ^ (row >> 1 & 3)) * 16;
 }
 
-// A step of the sum: filter tap and first channel.
-struct Step {
-  int r = 0, s = 0, c = 0;
-
-  __device__ void advance(const ConvShape& shape, int chunk) {
-    if ((c += chunk) < shape.c) return;
-    c = 0;
-    if (++s < shape.s) return;
-    s = 0;
-    ++r;
-  }
-};
-
 // What a thread copies: a pack of two rows of the input and of two, or one, of the filters.
 template <typename T, int kTileK>
 class PortableCopy {
  public:
   using M = PortableMemory<kTileK>;
+  using Place = Step<M::kChunk>;
 
   __device__ PortableCopy(const ConvShape& shape, const ConvTiles& tiles, int tile,
                           const ConvFprop& f)
@@ -62,20 +51,15 @@ class PortableCopy {
         filter_(static_cast<const T*>(f.filter)),
         filters_(tiles.filter(tile)),
         row_(threadIdx.x / 4),
-        pack_(threadIdx.x % 4) {
-    for (int i = 0; i < 2; ++i) {
-      const int64_t pixel = tiles.pixel(tile) + row_ + 64 * i;
-      window_[i] = window_of(shape, static_cast<int>(pixel));
-      if (pixel >= shape.pixels()) window_[i].h = kNowhere;
-    }
-  }
+        pack_(threadIdx.x % 4),
+        windows_(shape, tiles.pixel(tile) + row_, 64) {}
 
-  __device__ void operator()(typename M::Stage& stage, const Step& step) const {
-    const int c = step.c + pack_ * 8;
+  __device__ void operator()(typename M::Stage& stage, const Place& step) const {
+    const int c = channel(step);
     for (int i = 0; i < 2; ++i) {
-      const bool there = exists(i, step);
+      const bool there = c < shape_.c && windows_.has(i, step.r, step.s);
       copy_later(pack_in(stage.input, row_ + 64 * i, pack_),
-                 there ? input_ + offset(i, step) * shape_.c + c : input_, there);
+                 there ? input_ + windows_.pixel(i, step.r, step.s) * shape_.c + c : input_, there);
     }
     for (int i = 0; i < kTileK / 64; ++i) {
       const int64_t k = filters_ + row_ + 64 * i;
@@ -86,48 +70,22 @@ class PortableCopy {
     }
   }
 
-  // relu((x - mean) * weight * invstd + bias) of what this thread copied, rounded as bn_relu does;
-  // padding stays zero. The copies must have arrived.
-  __device__ void normalise(typename M::Stage& stage, const Step& step,
-                            const Vectors<float>& vectors) const {
-    const int c = step.c + pack_ * 8;
+  // The prologue, of what this thread copied. The copies must have arrived.
+  __device__ void prepare(typename M::Stage& stage, const Place& step,
+                          const Vectors<float>& vectors) const {
+    const int c = channel(step);
     if (c >= shape_.c) return;
-    Coefficients<float> k[8];
-    for (int j = 0; j < 8; ++j) k[j] = coefficients(vectors, c + j);
-    for (int i = 0; i < 2; ++i) {
-      if (!exists(i, step)) continue;
-      auto& values = *reinterpret_cast<Pack<T>*>(pack_in(stage.input, row_ + 64 * i, pack_));
-      Pack<T> x = values;
-      for (int j = 0; j < 8; ++j) {
-        const float y = k[j](widen(x.value[j]));
-        narrow(y <= 0 ? 0 : y, x.value[j]);  // NaN stays
-      }
-      values = x;
-    }
+    normalise<T>(windows_, step.r, step.s, c, vectors,
+                 [&](int i) { return pack_in(stage.input, row_ + 64 * i, pack_); });
   }
 
  private:
-  static constexpr int kNowhere = -(1 << 30);
-
-  __device__ int h(int i, const Step& step) const {
-    return window_[i].h + step.r * shape_.dilation.h;
-  }
-  __device__ int w(int i, const Step& step) const {
-    return window_[i].w + step.s * shape_.dilation.w;
-  }
-  __device__ bool exists(int i, const Step& step) const {
-    return static_cast<unsigned>(h(i, step)) < static_cast<unsigned>(shape_.h) &&
-           static_cast<unsigned>(w(i, step)) < static_cast<unsigned>(shape_.w) &&
-           step.c + pack_ * 8 < shape_.c;
-  }
-  __device__ int64_t offset(int i, const Step& step) const {
-    return (int64_t(window_[i].n) * shape_.h + h(i, step)) * shape_.w + w(i, step);
-  }
+  __device__ int channel(const Place& step) const { return step.c + pack_ * 8; }
 
   const ConvShape& shape_;
   const T *input_, *filter_;
   int filters_, row_, pack_;
-  Window window_[2];
+  Windows<2> windows_;
 };
 
 // A warp's products of one stage: rows [row, row + 32), columns [column, column + kTileK / 2).
@@ -164,10 +122,10 @@ __device__ void portable_sums(PortableMemory<kTileK>& m, float (&sum)[2][kTileK 
   using M = PortableMemory<kTileK>;
   const PortableCopy<T, kTileK> copy(shape, tiles, tile, f);
   const int steps = shape.r * shape.s * static_cast<int>(ceil_div(shape.c, M::kChunk));
-  Step next, present;
+  Step<M::kChunk> next, present;
   const auto fill = [&](int step) {
     if (step < steps) copy(m.ring[step % M::kStages], next);
-    next.advance(shape, M::kChunk);
+    next.advance(shape);
     copies_commit();  // an empty group where there is nothing left: the count stays
   };
   for (int step = 0; step < M::kStages - 1; ++step) fill(step);
@@ -175,8 +133,8 @@ __device__ void portable_sums(PortableMemory<kTileK>& m, float (&sum)[2][kTileK 
     auto& stage = m.ring[step % M::kStages];
     copies_wait<M::kStages - 2>();
     if constexpr (kPrologue) {
-      copy.normalise(stage, present, f.prologue);
-      present.advance(shape, M::kChunk);
+      copy.prepare(stage, present, f.prologue);
+      present.advance(shape);
     }
     __syncthreads();  // the stage is there, and the one before it is done with
     fill(step + M::kStages - 1);

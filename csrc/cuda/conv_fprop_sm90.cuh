@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv_epilogue.cuh"
+#include "conv_prologue.cuh"
 #include "conv_ring.cuh"
 
 namespace fastres::cuda {
@@ -86,6 +87,35 @@ __device__ void conv_produce(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& m
 
 // --- the consumers ---
 
+// The prologue of a warpgroup's 64 rows of a stage, in place before they are multiplied: a thread
+// has the same pack of four of them.
+template <typename T>
+class Prologue {
+ public:
+  __device__ Prologue(const ConvShape& shape, const ConvTiles& tiles, int tile, int group)
+      : shape_(shape),
+        group_(group),
+        row_(threadIdx.x % 128 / 8),
+        pack_(threadIdx.x % 8),
+        windows_(shape, tiles.pixel(tile) + group * 64 + row_, 16) {}
+
+  __device__ void operator()(char* rows, const Vectors<float>& vectors) {
+    if (const int c = step_.c + pack_ * 8; c < shape_.c) {
+      normalise<T>(windows_, step_.r, step_.s, c, vectors,
+                   [&](int i) { return place_in(rows, row_ + 16 * i, pack_ * 8); });
+    }
+    step_.advance(shape_);
+    fence_shared();
+    group_sync(1 + group_, 128);
+  }
+
+ private:
+  const ConvShape& shape_;
+  int group_, row_, pack_;
+  Windows<4> windows_;
+  Step<ConvTiles::kChunk> step_;
+};
+
 // The epilogue of a warpgroup's half of the tile.
 template <typename T, int kTileK, Epilogue kEpilogue>
 __device__ void conv_finish(ConvMemory<kTileK, kEpilogue>& m, float (&sum)[kTileK / 2], int parity,
@@ -131,7 +161,7 @@ __device__ void conv_store(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& map
   if (f.beside[0]) barrier_arrive(&m.beside_empty[group]);
 }
 
-template <typename T, int kTileK, Epilogue kEpilogue>
+template <typename T, bool kPrologue, int kTileK, Epilogue kEpilogue>
 __device__ void conv_consume(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& maps,
                              const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles) {
   const int group = threadIdx.x / 128 - 1, steps = steps_of(shape);
@@ -139,10 +169,18 @@ __device__ void conv_consume(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& m
   int parity = 0;
   float sum[kTileK / 2];
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-    multiply<T, false, ConvMemory<kTileK, kEpilogue>::kStages>(
-        m.full, m.empty, sum, stage, steps, threadIdx.x % 32,
-        [&](int i) { return operand(m.input[i] + group * 8192); },
-        [&](int i) { return operand(m.filter[i]); });
+    const auto products = [&](auto prepare) {
+      multiply<T, false, ConvMemory<kTileK, kEpilogue>::kStages>(
+          m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
+          [&](int i) { return operand(m.input[i] + group * 8192); },
+          [&](int i) { return operand(m.filter[i]); });
+    };
+    if constexpr (kPrologue) {
+      Prologue<T> prologue(shape, tiles, tile, group);
+      products([&](int i) { prologue(m.input[i] + group * 8192, f.prologue); });
+    } else {
+      products([](int) {});
+    }
     conv_finish<T>(m, sum, parity, f, shape, tiles, tile, group);
     conv_store<T>(m, maps, f, shape, tiles, tile, group);
     if (kEpilogue != Epilogue::kApply) {
@@ -155,7 +193,7 @@ __device__ void conv_consume(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& m
   if (threadIdx.x % 128 == 0) stores_wait();
 }
 
-template <typename T, int kTileK, Epilogue kEpilogue>
+template <typename T, int kTileK, Epilogue kEpilogue, bool kPrologue>
 __global__ void __launch_bounds__(kConvThreads, 1)
     conv_fprop_sm90(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvFprop f,
                     const __grid_constant__ ConvShape shape, const ConvTiles tiles) {
@@ -178,7 +216,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
     if (threadIdx.x == 0) conv_produce(m, maps, shape, tiles, beside);
   } else {
     take_registers<232>();
-    conv_consume<T>(m, maps, f, shape, tiles);
+    conv_consume<T, kPrologue>(m, maps, f, shape, tiles);
   }
 #else
   __trap();  // the host starts it on sm_90 only
@@ -186,7 +224,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
 }
 
 // Launches one convolution whose shape fits_im2col(): the host's code, free of torch.
-template <typename T, Epilogue kEpilogue, typename Queue>
+template <typename T, Epilogue kEpilogue, bool kPrologue = false, typename Queue>
 void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvFprop& f, int tile_k,
                          int multiprocessors) {
   constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
@@ -203,10 +241,10 @@ void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvF
   const int blocks = std::min(tiles.count(), multiprocessors);
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
-    queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue>, blocks, kConvThreads,
+    queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>, blocks, kConvThreads,
                       sizeof(ConvMemory<kTileK, kEpilogue>), maps, f, shape, tiles);
   };
-  if constexpr (most_tile_k(kEpilogue) == 256) {
+  if constexpr (most_tile_k(kEpilogue, kPrologue) == 256) {
     if (tile_k == 256) return launch(std::integral_constant<int, 256>());
   }
   if (tile_k == 128)

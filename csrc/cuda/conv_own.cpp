@@ -24,21 +24,22 @@ struct Forward {
   ConvCall call;
 
   Forward(const at::Tensor& input, const at::Tensor& filters, const cpu::ConvGeometry& g,
-          const std::optional<at::Tensor>& skip, Epilogue epilogue)
+          const std::optional<at::Tensor>& skip, Epilogue epilogue, bool prologue = false)
       : x(operand(input)),
         weight(operand(filters.to(input.scalar_type()))),
         residual(given(skip) ? operand(*skip) : at::Tensor()),
         output(at::empty(cpu::output_size(input, filters, g),
                          input.options().memory_format(at::MemoryFormat::ChannelsLast))),
-        call(x, conv_shape_of(x.sizes(), weight.sizes(), g), epilogue) {}
+        call(x, conv_shape_of(x.sizes(), weight.sizes(), g), epilogue, prologue) {}
 
-  void run(const ConvEpilogue& epilogue) const {
+  void run(const ConvEpilogue& epilogue, const Vectors<float>& prologue = {}) const {
     call(x, {x.const_data_ptr(),
              weight.const_data_ptr(),
              {data<const void>(residual), nullptr},
              output.mutable_data_ptr(),
              PixelGrid::whole(),
-             epilogue});
+             epilogue,
+             prologue});
   }
 };
 
@@ -63,13 +64,13 @@ bool has_own_values(const at::Tensor& t) {
          t.numel() / t.size(0) <= INT32_MAX;
 }
 
-ConvCall::ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue)
+ConvCall::ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epilogue, bool prologue)
     : shape(shape),
       epilogue(epilogue),
       kernel(kernel_for(like, shape)),
       multiprocessors(cuda::multiprocessors(like)),
       tile_k(choose_tile_k(shape, multiprocessors,
-                           kernel == ConvKernel::kSm90 ? most_tile_k(epilogue) : 128)) {}
+                           kernel == ConvKernel::kSm90 ? most_tile_k(epilogue, prologue) : 128)) {}
 
 void ConvCall::operator()(const at::Tensor& like, const ConvFprop& f) const {
   const auto stream = current_stream(like);
@@ -94,6 +95,13 @@ at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu
   ConvEpilogue e{};
   e.scale = data<const float>(scale), e.shift = data<const float>(shift), e.relu = relu;
   forward.run(e);
+  return forward.output;
+}
+
+at::Tensor own_bn_relu_conv(const at::Tensor& input, const Vectors<float>& prologue,
+                            const at::Tensor& weight, const cpu::ConvGeometry& g) {
+  const Forward forward(input, weight, g, std::nullopt, Epilogue::kApply, /*prologue=*/true);
+  forward.run({}, prologue);
   return forward.output;
 }
 

@@ -11,11 +11,16 @@ void run_either(bool portable, const ConvShape& shape, const ConvFprop& f, int t
                 int multiprocessors) {
   const emulator::Queue queue;
   if (portable ? !fits_packs(shape) : !fits_im2col(shape)) throw std::runtime_error("does not fit");
-  if (!portable) return conv_fprop_sm90_run<T, kEpilogue>(queue, shape, f, tile_k, multiprocessors);
+  const auto run = [&](auto prologue) {
+    if (portable)
+      conv_fprop_sm80_run<T, kEpilogue, prologue>(queue, shape, f, tile_k);
+    else
+      conv_fprop_sm90_run<T, kEpilogue, prologue>(queue, shape, f, tile_k, multiprocessors);
+  };
   if (f.prologue.mean)
-    conv_fprop_sm80_run<T, kEpilogue, true>(queue, shape, f, tile_k);
+    run(std::true_type());
   else
-    conv_fprop_sm80_run<T, kEpilogue, false>(queue, shape, f, tile_k);
+    run(std::false_type());
 }
 
 }  // namespace fastres::cuda
