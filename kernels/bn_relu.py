@@ -195,7 +195,7 @@ def finish_moments(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``mean, invstd`` from those of segments, see ``finish_moments_kernel``."""
     segments, channels = means.shape
-    mean, invstd = squares.new_empty(channels), squares.new_empty(channels)
+    mean, invstd = means.new_empty(channels), means.new_empty(channels)
     wrap(finish_moments_kernel)[(triton.cdiv(channels, _MERGE["BLOCK_C"]),)](
         means, squares, mean, invstd, running_mean, running_var, segments, *extent,
         momentum, eps, **_MERGE,

@@ -14,7 +14,7 @@ def finish(
     scale,  # (K,) or None
     shift,  # (K,) or None
     residual,  # (pixels, K) or None
-    means,  # (tiles of pixels, K) or None, fp64
+    means,  # (tiles of pixels, K) or None
     squares,  # (tiles of pixels, K) or None
     m,  # tile of pixels
     pixel,  # (BLOCK_M,)
@@ -29,8 +29,7 @@ def finish(
     """``act(norm(acc + bias) + residual)``.
 
     ``means`` and ``squares`` get the mean of a tile's pixels and the sum of squared deviations from
-    it, of ``acc + bias`` in fp32, before it is rounded. The mean has more digits than fp32: tiles
-    differ by so little of a mean of 1e4 that its last place would count.
+    it, of ``acc + bias`` in fp32, before it is rounded.
     """
     inside = pixel < pixels
     if bias is not None:
@@ -41,8 +40,7 @@ def finish(
         deviation = tl.where(inside[:, None], acc - average[None, :], 0)
         # a second look, not a sum of squares: a mean of 1e4 would drown a deviation of 1
         square = tl.sum(deviation * deviation, 0)
-        rest = tl.sum(deviation, 0) / count
-        tl.store(means + m * filters + k, average.to(tl.float64) + rest, mask=k_known)
+        tl.store(means + m * filters + k, average, mask=k_known)
         tl.store(squares + m * filters + k, square, mask=k_known)
     if variance is not None:
         factor = 1 / tl.sqrt(tl.load(variance + k, mask=k_known, other=1).to(tl.float32) + eps)

@@ -18,6 +18,7 @@ from .conv_operands import (
     on,
     precision,
     smallest,
+    vectors,
 )
 from .conv_shape import Shape, flat_channels, merge_groups, merged
 from .conv_tile import accumulate_merged, place_of, unravel
@@ -39,7 +40,7 @@ def fprop_kernel(
     x_mean,  # (C,) or None
     x_scale,  # (C,) or None
     x_shift,  # (C,) or None
-    means,  # (tiles of pixels, K) or None, fp64
+    means,  # (tiles of pixels, K) or None
     squares,  # (tiles of pixels, K) or None
     pixels,  # N * P * Q
     height,
@@ -125,7 +126,7 @@ def fprop(
     merge = merged(groups, shape.channels // groups, shape.filters // groups)
     y = empty_last(x, shape.output)
     if not y.numel():
-        return y, Moments.empty(x, 0, shape.filters, 1) if statistics else None
+        return y, Moments(*vectors(x, 2, 0, shape.filters), 1) if statistics else None
     w = merge_groups(w, groups, merge)
     groups //= merge
     kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
@@ -136,9 +137,8 @@ def fprop(
     constants = {"RELU": relu, "PRECISION": precision(allow_tf32)}
 
     def moments_of(block_m: int):
-        if not statistics:
-            return None, None
-        return Moments.empty(x, triton.cdiv(shape.pixels, block_m), shape.filters, block_m)[:2]
+        tiles = triton.cdiv(shape.pixels, block_m)
+        return vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
 
     def launch(kernel, block_m: int, y=y, **keywords):
         moments = moments_of(block_m)

@@ -33,7 +33,7 @@ def pointwise_kernel(
     scale,  # (K,) or None
     shift,  # (K,) or None
     residual,  # (pixels, K) or None
-    means,  # (tiles of pixels, K) or None, fp64
+    means,  # (tiles of pixels, K) or None
     squares,  # (tiles of pixels, K) or None
     pixels,
     channels,

@@ -53,8 +53,8 @@ def finish_moments_kernel(
     segments, outer, inner, channels, segment_rows, segment_columns, across,
     momentum: tl.float64, eps: tl.float64, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge the segments (Chan, Golub, LeVeque 1979), in the dtype of ``means``; the one place where
-    running statistics are updated."""
+    """Merge the segments (Chan, Golub, LeVeque 1979); the one place where running statistics are
+    updated."""
     acc = means.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels

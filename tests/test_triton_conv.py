@@ -274,7 +274,8 @@ def test_two_runs_give_the_same_bits(kernels):
 @pytest.mark.parametrize("many", [256, 8])
 def test_statistics_survive_cancellation(kernels, monkeypatch, many):
     """Mean 1e4, deviation 1, up to the finishing kernel of bn_relu, with fewer segments and more
-    than it takes at once."""
+    than it takes at once. A tile's mean is off by up to half of 2^-10, and by 1/8 from the whole's
+    mean: that bounds the variance to 1e-4 in either direction, whatever the merge."""
     monkeypatch.setattr(kernels.segments, "MANY", many)
     n, h, w = 2, 37, 39
     x = spread((n, 16, h, w), torch.float32, "channels_last", mean=1e4)
@@ -290,7 +291,7 @@ def test_statistics_survive_cancellation(kernels, monkeypatch, many):
     )  # fmt: skip
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact, rtol=2e-7, atol=0)
-    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=5e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")

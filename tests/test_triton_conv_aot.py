@@ -215,10 +215,9 @@ def test_fp32(kind, allow_tf32):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_merging(architecture):
     """What a large map's statistics and a small weight's splits go through."""
-    like, wide = (empty(6272, columns, dtype=torch.float32) for columns in (64, 4096))
+    means, wide = (empty(6272, columns, dtype=torch.float32) for columns in (64, 4096))
     with aot.recorded() as launches:
-        moments = segments.Moments.empty(like, 6272, 64, 128)
-        segments.merge_moments(moments, 802816, lambda kernel: kernel)
+        segments.merge_moments(segments.Moments(means, means, 128), 802816, lambda kernel: kernel)
         segments.merge_sums(wide, 1, torch.bfloat16, lambda kernel: kernel)
     assert len(launches) == 2
     for made in launches:

@@ -323,7 +323,8 @@ def test_vectors_may_be_absent(launched):
 
 
 def test_batch_norm_of_a_large_mean():
-    """Statistics of the fp32 sums: a mean of 1e4 beside a deviation of 1."""
+    """Statistics of the fp32 sums: a mean of 1e4 beside a deviation of 1. A tile's mean is off by up
+    to half of 2^-10 and, of 128 pixels, up to 1/4 from the whole's: 2.5e-4 of the variance."""
     x = spread((4, 16, 9, 11), torch.float32, LAST, mean=1e4)
     eye = torch.eye(16).view(16, 16, 1, 1).to(memory_format=torch.channels_last)
     bn = batch_norm_operands(16, torch.float32)
@@ -333,5 +334,5 @@ def test_batch_norm_of_a_large_mean():
     assert torch.equal(convolved, x)
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact, rtol=2e-7, atol=0)
-    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1.3e-4, atol=0)
     assert torch.equal(bn["running_mean"], mean)
