@@ -72,6 +72,19 @@ def test_training_epilogue(name, kernel):
 
 
 @pytest.mark.parametrize("kernel", ["sm90", "portable"])
+def test_statistics_survive_cancellation(kernel):
+    """A mean of 2000 beside a deviation of 1: as far apart as float16 can have them."""
+    shape = (3, 64, 30, 29, 64, 1, 1, (1, 1), (0, 0), (1, 1))
+    x = (torch.randn(shape[0], 64, 30, 29) + 2000).half()
+    eye = torch.eye(64).view(64, 64, 1, 1).half()
+    y, mean, invstd = convolve(shape, x, eye, None, x, None, None, (kernel, 64), True, False)
+    assert torch.equal(y, x)
+    variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-7, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["sm90", "portable"])
 def test_two_runs_give_the_same_bits(kernel):
     """Threads, blocks and copies run in another order each time."""
     shape = SHAPES["3x3, stride 2"]
