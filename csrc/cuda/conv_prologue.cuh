@@ -61,18 +61,21 @@ class Windows {
 template <typename T, int N, typename Place>
 __device__ void normalise(const Windows<N>& windows, int r, int s, int c,
                           const Vectors<float>& vectors, Place place) {
-  Coefficients<float> k[8];
-  for (int j = 0; j < 8; ++j) k[j] = coefficients(vectors, c + j);
+  Pack<T> x[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = *reinterpret_cast<const Pack<T>*>(place(i));
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {  // a channel at a time: few registers
+    const Coefficients<float> k = coefficients(vectors, c + j);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float y = k(widen(x[i].value[j]));
+      narrow(y <= 0 ? 0 : y, x[i].value[j]);  // NaN stays
+    }
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (!windows.has(i, r, s)) continue;
-    auto& values = *reinterpret_cast<Pack<T>*>(place(i));
-    Pack<T> x = values;
-    for (int j = 0; j < 8; ++j) {
-      const float y = k[j](widen(x.value[j]));
-      narrow(y <= 0 ? 0 : y, x.value[j]);  // NaN stays
-    }
-    values = x;
+    if (windows.has(i, r, s)) *reinterpret_cast<Pack<T>*>(place(i)) = x[i];
   }
 }
 
