@@ -49,7 +49,7 @@ struct ConvFprop {
   void* output;
   PixelGrid grid;  // of the output and what lies beside it
   ConvEpilogue epilogue;
-  Vectors<float> prologue = {};  // C values: the input is relu(batch_norm(input)); null: itself
+  Vectors<float> prologue = {};  // kApply, C values: the input is relu(batch_norm(input)), or null
 };
 
 // In conv_fprop.cu: a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.
