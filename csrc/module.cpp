@@ -30,8 +30,10 @@ TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("add_relu_backward", &fastres::cuda::add_relu_backward);
   m.impl("bn_relu", &fastres::cuda::bn_relu);
   m.impl("bn_relu_backward", &fastres::cuda::bn_relu_backward);
+  m.impl("bn_relu_conv", &fastres::cuda::bn_relu_conv);
   m.impl("conv", &fastres::cuda::conv);
   m.impl("conv_dgrad", &fastres::cuda::conv_dgrad);
+  m.impl("conv_dgrad_bn_relu", &fastres::cuda::conv_dgrad_bn_relu);
   m.impl("conv_wgrad", &fastres::cuda::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cuda::conv_bn_relu);
   m.impl("conv_bn_relu_training", &fastres::cuda::conv_bn_relu_training);

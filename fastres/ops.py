@@ -43,8 +43,14 @@ _SCHEMAS = {
     "Tensor? bias, Tensor save_mean, Tensor save_invstd, bool training, bool relu, "
     "bool[3] output_mask) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    "bn_relu_conv": "(Tensor input, Tensor running_mean, Tensor running_var, Tensor? bn_weight, "
+    f"Tensor? bn_bias, float eps, Tensor weight, {_GEOMETRY}) -> Tensor",
     "conv": f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     "conv_dgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    "conv_dgrad_bn_relu": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "Tensor bn_input, Tensor? bn_weight, Tensor save_mean, Tensor save_invstd, "
+    "bool[3] output_mask) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     "conv_wgrad": f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
     "bool[2] output_mask) -> (Tensor grad_weight, Tensor grad_bias)",
     "conv_bn_relu": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -77,8 +83,10 @@ add_relu = torch.ops.fastres.add_relu.default
 add_relu_backward = torch.ops.fastres.add_relu_backward.default
 bn_relu = torch.ops.fastres.bn_relu.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
+bn_relu_conv = torch.ops.fastres.bn_relu_conv.default
 conv = torch.ops.fastres.conv.default
 conv_dgrad = torch.ops.fastres.conv_dgrad.default
+conv_dgrad_bn_relu = torch.ops.fastres.conv_dgrad_bn_relu.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
@@ -147,6 +155,17 @@ def _bn_relu_backward(*args):
     return reference.bn_relu_backward(*args)
 
 
+def _bn_relu_conv(
+    input, running_mean, running_var, bn_weight, bn_bias, eps,
+    weight, stride, padding, dilation, groups,
+):  # fmt: skip
+    """``conv2d(relu(batch_norm(input)), weight)`` with the running statistics, or others."""
+    y, *_ = reference.bn_relu_forward(
+        input, None, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps, True
+    )
+    return conv(y, weight, None, stride, padding, dilation, groups)
+
+
 def _conv(input, weight, bias, stride, padding, dilation, groups):
     return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -165,6 +184,18 @@ def _conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups):
     return conv_gradients(
         grad_output, input, weight, stride, padding, dilation, groups, [True, False, False]
     )[0]
+
+
+def _conv_dgrad_bn_relu(
+    grad_output, input, weight, stride, padding, dilation, groups,
+    bn_input, bn_weight, save_mean, save_invstd, output_mask,
+):  # fmt: skip
+    """Through a convolution of ``input = relu(batch_norm(bn_input) + residual)``, in training:
+    ``conv_dgrad``, whose result the ReLU masks, and ``bn_relu_backward``."""
+    grad = conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups)
+    return bn_relu_backward(
+        grad, bn_input, input, bn_weight, None, save_mean, save_invstd, True, True, output_mask
+    )
 
 
 def _conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):
@@ -281,6 +312,16 @@ def _fake_conv_dgrad(grad_output, input, weight, stride, padding, dilation, grou
     return _like(input)
 
 
+def _fake_conv_dgrad_bn_relu(
+    grad_output, input, weight, stride, padding, dilation, groups,
+    bn_input, bn_weight, save_mean, save_invstd, output_mask,
+):  # fmt: skip
+    _check_device(input, grad_output, weight, bn_input, bn_weight, save_mean, save_invstd)
+    return _fake_bn_relu_backward(
+        input, bn_input, input, bn_weight, None, save_mean, save_invstd, True, True, output_mask
+    )
+
+
 def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, groups, output_mask):
     _check_device(input, grad_output, weight)
     want_weight, want_bias = output_mask
@@ -288,6 +329,14 @@ def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, grou
         torch.empty_like(weight) if want_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if want_bias else 0),
     )
+
+
+def _fake_bn_relu_conv(
+    input, running_mean, running_var, bn_weight, bn_bias, eps,
+    weight, stride, padding, dilation, groups,
+):  # fmt: skip
+    _check_device(input, running_mean, running_var, bn_weight, bn_bias, weight)
+    return _fake_conv(input, weight, None, stride, padding, dilation, groups)
 
 
 def _fake_conv(input, weight, bias, stride, padding, dilation, groups):

@@ -106,7 +106,7 @@ def test_wide_accesses_and_no_local_memory(architecture):
 
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")
 @pytest.mark.parametrize("stem, forms", [
-    ("conv_fprop_sm90", 12),  # two types, three widths, two epilogues
+    ("conv_fprop_sm90", 20),  # two types, three widths, two epilogues; two widths masked, prologue
     ("conv_wgrad_sm90", 4),  # two types, two widths
 ])  # fmt: skip
 def test_the_convolutions_use_hoppers_units(stem, forms):
@@ -120,6 +120,18 @@ def test_the_convolutions_use_hoppers_units(stem, forms):
         assert bool(count(counter, "UTMASTG")) == (stem == "conv_fprop_sm90"), name
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_portable_convolution_uses_tensor_cores(architecture):
+    found = {k: v for k, v in instructions(architecture).items() if "conv_fprop_sm80" in k}
+    assert len(found) == 16  # two types, two widths, three epilogues and a prologue
+    for name, counter in found.items():
+        filters = int(re.search(r"Li(\d+)E", name)[1])
+        assert count(counter, "HMMA", "16816", "F32") >= filters // 4, name
+        assert count(counter, "LDSM", "4"), name
+        assert count(counter, "LDGSTS", "128"), name  # the copies that registers do not see
+        assert count(counter, "STG", "128"), name
+
+
 def test_every_operator_has_a_cuda_kernel():
     for operator in fastres.ops._SCHEMAS:
         assert fastres.ops.has_kernel(operator, "cuda"), operator
@@ -128,6 +140,7 @@ def test_every_operator_has_a_cuda_kernel():
 def test_the_extension_names_its_kernels():
     names = extension.build_info()["cuda_kernels"]
     assert {"bn_relu_moments", "bn_relu_apply"} <= set(names)
+    assert "conv_fprop_sm80" in names
     assert ("conv_fprop_sm90" in names) == ("sm_90a" in ARCHITECTURES)
     info = extension.cuda_info()
     assert info["runtime"] >= 12000 and (info["devices"] or info["error"])

@@ -1,4 +1,5 @@
-"""The CUDA convolution for sm_90a, run on the CPU by the emulator, against naive sums in fp64."""
+"""The CUDA convolutions, for sm_90a and portable, run on the CPU by the emulator, against naive sums
+in fp64."""
 
 import ctypes
 
@@ -7,68 +8,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import assert_close, assert_same_bits
+from emulated_conv import MULTIPROCESSORS, SHAPES, numbers, operands_for, pixels_of
 
-LAST = torch.channels_last
-MULTIPROCESSORS = 3  # fewer blocks than tiles: they are persistent
-
-# n, c, h, w, k, r, s, stride, padding, dilation: a ResNet's kinds, and odd ones
-SHAPES = {
-    "1x1": (2, 64, 9, 8, 128, 1, 1, (1, 1), (0, 0), (1, 1)),
-    "1x1, stride 2": (3, 72, 14, 15, 64, 1, 1, (2, 2), (0, 0), (1, 1)),
-    "3x3": (2, 64, 14, 14, 64, 3, 3, (1, 1), (1, 1), (1, 1)),
-    "3x3, stride 2": (3, 8, 15, 12, 136, 3, 3, (2, 2), (1, 1), (1, 1)),
-    "3x3, dilated": (1, 16, 20, 17, 72, 3, 3, (1, 1), (2, 2), (2, 2)),
-    "stem": (1, 8, 31, 29, 64, 7, 7, (2, 2), (3, 3), (1, 1)),
-    "oblong": (2, 24, 11, 9, 8, 2, 5, (1, 3), (0, 4), (3, 1)),
-    "one pixel": (5, 128, 1, 1, 264, 1, 1, (1, 1), (0, 0), (1, 1)),
-    "padded only": (1, 8, 2, 2, 64, 1, 1, (1, 1), (3, 3), (1, 1)),
-}
+# kernel and filters of its tiles
+KERNELS = [("sm90", 64), ("sm90", 128), ("sm90", 256), ("portable", 64), ("portable", 128)]
 
 
-def numbers(shape):
-    n, c, h, w, k, r, s, *pairs = shape
-    return emulating.integers(n, h, w, c, k, r, s, *(value for pair in pairs for value in pair))
-
-
-def operands_for(shape, dtype, residual=False):
-    n, c, h, w, k, r, s, stride, padding, dilation = shape
-    x = torch.randn(n, c, h, w, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
-    f = torch.randn(k, c, r, s, dtype=torch.float64) / (c * r * s) ** 0.5
-    f = f.to(dtype).contiguous(memory_format=LAST)
-    if min(x.stride()) != x.stride(1):
-        x = x.as_strided(x.shape, (c * h * w, 1, w * c, c))
-    raw = F.conv2d(x.double(), f.double(), None, stride, padding, dilation)
-    skip = torch.randn(raw.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
-    return x, f, raw, skip if residual else None
-
-
-def convolve(shape, x, f, skip, raw, scale, shift, tile, moments, relu):
+def convolve(
+    shape, x, f, skip, raw, scale, shift, kernel, moments, relu, prologue=(None,) * 4
+):  # fmt: skip
     guard = emulating.Guarded()
     n, k, p, q = raw.shape
     y = guard.empty_like(torch.empty(n * p * q * k, dtype=x.dtype))
     mean, invstd = (guard.empty_like(torch.empty(k)) for _ in range(2))
-    filters = f.permute(0, 2, 3, 1).contiguous()
-    pixels = x.permute(0, 2, 3, 1).contiguous()
-    skip = None if skip is None else skip.permute(0, 2, 3, 1).contiguous()
+    name, tile = kernel
     emulating.call(
         emulating.library("conv_fprop").conv_fprop, emulating.dtype_name(x), numbers(shape),
-        emulating.arrays(pixels, filters, skip, y, scale, shift, mean, invstd), tile,
-        MULTIPROCESSORS, moments, relu,
+        emulating.arrays(
+            pixels_of(x), pixels_of(f), pixels_of(skip), y, scale, shift, mean, invstd, *prologue
+        ),
+        name == "portable", tile, MULTIPROCESSORS, moments, relu,
     )  # fmt: skip
     guard.check()
     return y.view(n, p, q, k).permute(0, 3, 1, 2), mean, invstd
 
 
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 @pytest.mark.parametrize("name", SHAPES)
-def test_eval_epilogue(name, tile):
+def test_eval_epilogue(name, kernel):
     """scale, shift, residual and ReLU; every shape in both dtypes over the tiles."""
     shape = SHAPES[name]
-    dtype = torch.bfloat16 if (tile == 128) != (len(name) % 2 == 0) else torch.float16
-    residual = tile != 64
+    half, bfloat16 = torch.float16, torch.bfloat16
+    dtype = bfloat16 if (kernel in KERNELS[1::2]) != (len(name) % 2 == 0) else half
+    residual = kernel not in KERNELS[::3]
     x, f, raw, skip = operands_for(shape, dtype, residual)
     scale, shift = torch.randn(shape[4]), torch.randn(shape[4])
-    y, *_ = convolve(shape, x, f, skip, raw, scale, shift, tile, False, relu=name != "1x1")
+    y, *_ = convolve(shape, x, f, skip, raw, scale, shift, kernel, False, relu=name != "1x1")
 
     def finish(sums):
         exact = sums * scale.view(-1, 1, 1).to(sums.dtype) + shift.view(-1, 1, 1).to(sums.dtype)
@@ -80,27 +55,42 @@ def test_eval_epilogue(name, tile):
     assert_close(y, eager, finish(raw), name)
 
 
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 @pytest.mark.parametrize("name", ["1x1, stride 2", "3x3", "3x3, stride 2", "one pixel"])
-def test_training_epilogue(name, tile):
+def test_training_epilogue(name, kernel):
     """The raw output, and the statistics of what was written; far from zero too."""
-    dtype = torch.bfloat16 if tile == 64 else torch.float16
+    dtype = torch.bfloat16 if kernel[1] == 64 else torch.float16
     x, f, raw, _ = operands_for(SHAPES[name], dtype)
     for offset in (0, 8):
         x = (x + offset).to(dtype)
         raw = F.conv2d(x.double(), f.double(), None, *SHAPES[name][7:])
-        y, mean, invstd = convolve(SHAPES[name], x, f, None, raw, None, None, tile, True, False)
+        y, mean, invstd = convolve(SHAPES[name], x, f, None, raw, None, None, kernel, True, False)
         assert_close(y, F.conv2d(x, f, None, *SHAPES[name][7:]), raw, name)
         variance, centre = torch.var_mean(y.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(mean.double(), centre, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("kernel", ["sm90", "portable"])
+def test_statistics_survive_cancellation(kernel):
+    """A mean of 2000 beside a deviation of 1: as far apart as float16 can have them."""
+    shape = (3, 64, 30, 29, 64, 1, 1, (1, 1), (0, 0), (1, 1))
+    x = (torch.randn(shape[0], 64, 30, 29) + 2000).half()
+    eye = torch.eye(64).view(64, 64, 1, 1).half()
+    y, mean, invstd = convolve(shape, x, eye, None, x, None, None, (kernel, 64), True, False)
+    assert torch.equal(y, x)
+    variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-7, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["sm90", "portable"])
+def test_two_runs_give_the_same_bits(kernel):
     """Threads, blocks and copies run in another order each time."""
     shape = SHAPES["3x3, stride 2"]
     x, f, raw, _ = operands_for(shape, torch.bfloat16)
-    runs = [convolve(shape, x, f, None, raw, None, None, 64, True, False) for _ in range(2)]
+    how = (None, raw, None, None, (kernel, 64), True, False)
+    runs = [convolve(shape, x, f, *how) for _ in range(2)]
     assert_same_bits(*(dict(enumerate(run)) for run in runs))
 
 
@@ -119,23 +109,31 @@ def test_what_the_tensor_maps_cannot_say():
         assert not fits(numbers(shape)), shape
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2])
-def test_gradient_of_the_input(padding):
-    """At stride 1: the convolution of the output's gradient with turned filters, padded by what the
-    forward one lacks of a full one."""
-    shape = (2, 16, 10, 9, 72, 3, 3, (1, 1), (padding,) * 2, (1, 1))
-    x, f, raw, _ = operands_for(shape, torch.bfloat16)
-    grad = torch.randn(raw.shape, dtype=torch.float64).to(x.dtype)
-    n, k, p, q = raw.shape
-    turned = (n, k, p, q, 16, 3, 3, (1, 1), (2 - padding,) * 2, (1, 1))
-    filters = f.flip((2, 3)).transpose(0, 1)
-    found, *_ = convolve(turned, grad, filters, None, x, None, None, 64, False, False)
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k[1] < 256], ids=lambda kernel: "-".join(map(str, kernel))
+)
+@pytest.mark.parametrize("name", SHAPES)
+def test_prologue(name, kernel):
+    """The convolution of relu(batch_norm(x)), rounded as bn_relu rounds it; padding stays zero,
+    which is not what batch norm makes of it."""
+    shape, dtype = SHAPES[name], torch.bfloat16 if kernel[1] == 64 else torch.float16
+    x, f, raw, _ = operands_for(shape, dtype)
+    mean, invstd, weight, bias = (torch.randn(shape[1]) for _ in range(4))
 
-    def gradient(x, f, grad):
-        return torch.nn.grad.conv2d_input(x.shape, f, grad, *shape[7:])
+    def prologue(x):
+        m, i, w, b = (v.to(x.dtype).view(-1, 1, 1) for v in (mean, invstd, weight, bias))
+        return F.relu((x - m) * (i * w) + b)
 
-    exact = gradient(x.double(), f.double(), grad.double())
-    assert_close(found, gradient(x, f, grad), exact)
+    def convolution(x, f):
+        return F.conv2d(x, f, None, *shape[7:])
+
+    vectors = (mean, invstd, weight, bias)
+    activated = prologue(x.float()).to(dtype)  # what is multiplied is rounded in eager too
+    exact = convolution(activated.double(), f.double())
+    for moments in (False, True):
+        y, found, _ = convolve(shape, x, f, None, raw, None, None, kernel, moments, False, vectors)
+        assert_close(y, convolution(activated, f), exact, name)
+    torch.testing.assert_close(found.double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("multiprocessors", [3, 40])
@@ -156,10 +154,7 @@ def test_gradient_of_the_filters(name, multiprocessors):
     found = guard.empty_like(torch.empty(f.numel(), dtype=dtype))
     emulating.call(
         emulating.library("conv_wgrad").conv_wgrad, emulating.dtype_name(x), numbers(shape),
-        emulating.arrays(
-            grad.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1).contiguous(), found
-        ),
-        multiprocessors,
+        emulating.arrays(pixels_of(grad), pixels_of(x), found), multiprocessors,
     )  # fmt: skip
     guard.check()
     k, c, r, s = f.shape

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from agreement import assert_rule, assert_same_bits, batch_norm_operands
 
 import fastres
-from fastres import functional, ops
+from fastres import functional, ops, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,8 @@ CONVOLUTIONS = [
     ((32, 128, 28, 28), 128, 3, 1, 1, 32),
     ((8, 64, 28, 28), 64, 3, 1, 2, 1),
     ((5, 24, 13, 11), 72, 3, 2, 1, 1),
+    ((2, 64, 300, 280), 64, 3, 1, 128, 1),  # beyond the tensor maps of sm_90: the portable kernel
+    ((4, 64, 60, 57), 128, 3, 9, 1, 1),
 ]
 MARGIN = 0.1  # around zero, where another rounding flips the ReLU's mask
 
@@ -196,15 +198,66 @@ def test_convolution_in_training(geometry, dtype):
         check(*convolution(geometry), conv_operands(geometry, dtype), dtype, True)
 
 
-@pytest.mark.parametrize("geometry", CONVOLUTIONS[:5], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
+def test_gradient_through_a_convolution_and_batch_norm(geometry, dtype):
+    """conv_dgrad_bn_relu beside its two halves in eager and in fp64, under one mask."""
+    shape, _, kernel, stride, dilation, groups = geometry
+    window = ([stride] * 2, [dilation * (kernel // 2)] * 2, [dilation] * 2, groups)
+    weight = conv_operands(geometry, dtype, residual=False)["weight"]
+    x, y = activation(shape, dtype), activation(shape, dtype, mean=0).relu_()
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    vectors_of_x = (vectors(shape[1])["weight"], mean, (variance + 1e-5).rsqrt())
+    dy = activation(F.conv2d(y, weight, None, *window).shape, dtype, mean=0)
+
+    def halves(dy, y, weight, x, *v):
+        grad = ops.conv_gradients(dy, y, weight, *window, [True, False, False])[0]
+        return reference.bn_relu_backward(
+            grad, x, y, v[0], None, *v[1:], True, True, [True, True, True]
+        )
+
+    operands = (dy, y, weight, x, *vectors_of_x)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        found = ops.conv_dgrad_bn_relu(dy, y, weight, *window, x, *vectors_of_x, [True, True, True])
+        eager, exact = halves(*operands), halves(*(t.double() for t in operands))
+    names = ("grad_input", "grad_residual", "grad_weight", "grad_bias")
+    results = (dict(zip(names, each, strict=True)) for each in (found, eager, exact))
+    assert_rule(*results, scale=4 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
+def test_convolution_of_a_normalised_input(geometry, dtype):
+    """bn_relu_conv beside its two halves, whose intermediate result is rounded as ours is."""
+    shape, _, kernel, stride, dilation, groups = geometry
+    window = ([stride] * 2, [dilation * (kernel // 2)] * 2, [dilation] * 2, groups)
+    weight = conv_operands(geometry, dtype, residual=False)["weight"]
+    v = vectors(shape[1])
+    operands = (
+        activation(shape, dtype), v["running_mean"], v["running_var"], v["weight"], v["bias"],
+        weight,
+    )  # fmt: skip
+
+    def halves(x, mean, var, scale, shift, weight):
+        y = F.relu(F.batch_norm(x, mean, var, scale, shift, False, 0.1, 1e-5))
+        return {"output": F.conv2d(y, weight, None, *window)}
+
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        found = {"output": ops.bn_relu_conv(*operands[:5], 1e-5, weight, *window)}
+        eager, exact = halves(*operands), halves(*(t.double() for t in operands))
+    assert_rule(found, eager, exact, scale=4 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("geometry", [*CONVOLUTIONS[:5], *CONVOLUTIONS[-3:]], ids=str)
 def test_two_runs_give_the_same_bits(geometry):
+    """Forward and backward, statistics and gradients."""
     ours, _ = convolution(geometry)
     operands = conv_operands(geometry, torch.bfloat16)
-    with torch.no_grad():
-        first = ours(**operands | {"running_mean": None, "running_var": None}, training=True)
-        for _ in range(3):
-            again = ours(**operands | {"running_mean": None, "running_var": None}, training=True)
-            assert_same_bits({"output": first}, {"output": again})
+    grad = torch.randn_like(operands["residual"])
+    call = functools.partial(ours, training=True)
+    first = outcome(call, operands, grad)
+    for _ in range(3):
+        assert_same_bits(first, outcome(call, operands, grad))
 
 
 def test_bn_relu_gives_the_same_bits():

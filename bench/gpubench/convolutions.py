@@ -142,19 +142,22 @@ def _gradient(problem: Problem, what: str, triton, tuned) -> dict:
             1, mask,
         )[mask.index(True)]  # fmt: skip
 
-    def ours():
+    def ours(backend: str):
         operands = (problem.dy, problem.x, problem.w, *problem.window)
-        operators = ops.OPERATORS["triton"]
+        operators = ops.OPERATORS[backend]
         if what == "dgrad":
             return operators.conv_dgrad(*operands)
         return operators.conv_wgrad(*operands, [True, False])[0]
 
-    return {
+    calls = {
         "eager": eager,
         "truth": functools.partial(eager, True),
-        "fastres-triton": providers.under(triton, ours),
-        "fastres-triton tuned": providers.under(tuned, ours),
+        "fastres-triton": providers.under(triton, functools.partial(ours, "triton")),
+        "fastres-triton tuned": providers.under(tuned, functools.partial(ours, "triton")),
     }
+    if "cuda" in providers.served(f"conv_{what}"):
+        calls["fastres-cuda"] = functools.partial(ours, "cuda")
+    return calls
 
 
 def _measure_pass(emit, device, problem: Problem, what: str, calls: dict, seconds: float) -> None:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastres.kernels.conv_choice import class_of
 
 from fastres import functional as FF
+from fastres import ops
 from gpubench import providers
 
 # channels, size, filters, window, stride, groups. In training PyTorch's own operators serve maps of
@@ -20,6 +21,7 @@ CONVOLUTIONS = (
     (40, 15, 72, 1, 1, 1),
     (24, 19, 40, 3, 2, 1),
     (24, 19, 24, 3, 1, 6),
+    (24, 91, 40, 3, 9, 1),  # beyond the tensor maps of sm_90: the portable kernel
 )
 
 
@@ -30,6 +32,8 @@ def main(device: str = "cuda", dtypes=(torch.bfloat16, torch.float32)) -> None:
         for backend in providers.served("conv_bn_relu"):
             for shape in CONVOLUTIONS:
                 convolution(backend, device, dtype, *shape)
+                if backend == "cuda":
+                    around_batch_norm(device, dtype, *shape)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -59,6 +63,18 @@ def convolution(backend, device, dtype, channels, size, filters, taps, stride, g
             FF.conv_bn_relu(x, w, None, *window, v, v, v, v)
         w.requires_grad_()
         FF.conv_bn_relu(x, w, None, *window, v.clone(), v.clone(), v, v, True).sum().backward()
+
+
+def around_batch_norm(device, dtype, channels, size, filters, taps, stride, groups) -> None:
+    """A convolution with the batch norm and ReLU before it, and the gradient through both."""
+    last = {"dtype": dtype, "memory_format": torch.channels_last}
+    x, y = (torch.randn(2, channels, size, size + 1, device=device).to(**last) for _ in "ab")
+    w = torch.randn(filters, channels // groups, taps, taps, device=device).to(**last)
+    window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
+    dy = torch.nn.functional.conv2d(x, w, None, *window)
+    v = torch.rand(channels, device=device) + 0.5
+    ops.bn_relu_conv(x, v, v.clone(), v.clone(), v.clone(), 1e-5, w, *window)
+    ops.conv_dgrad_bn_relu(dy, y.relu(), w, *window, x, v, v.clone(), v.clone(), [True] * 3)
 
 
 def serving(backend: str, classes: set[str]):

@@ -102,6 +102,7 @@ struct BnReluBackward {
   Vectors<acc_t<T>> vectors;
   acc_t<T>*grad_weight, *grad_bias;
   Sums<acc_t<T>>* sums;
+  int64_t segments;  // of sums that are there already, with no gradient of the residual; else 0
   Slopes<acc_t<T>>* slopes;
   Mask mask;
   bool training;

@@ -123,10 +123,13 @@ void bn_relu_backward_run(const Queue& queue, const Activation& a, const BnReluB
     constexpr bool kSideBySide = decltype(side_by_side)::value;
     if (statistics || b.grad_weight) {
       const Cut cut = cut_to_reduce(a, N, multiprocessors);
-      queue(bn_relu_backward_sums<T, N, kSideBySide>, cut.blocks(), kThreads, p, b.vectors, mask,
-            b.sums, cut);
+      if (b.segments == 0) {
+        queue(bn_relu_backward_sums<T, N, kSideBySide>, cut.blocks(), kThreads, p, b.vectors, mask,
+              b.sums, cut);
+      }
       queue(bn_relu_finish_sums<A>, warps_of_blocks(a.channels), kThreads, b.sums, b.vectors.invstd,
-            a.channels, cut.segments, a.count(), b.slopes, b.grad_weight, b.grad_bias);
+            a.channels, b.segments > 0 ? b.segments : int64_t(cut.segments), a.count(), b.slopes,
+            b.grad_weight, b.grad_bias);
       if (p.grad_residual) {  // is written, and masked: what is left to do reads it instead
         p.grad_output = p.grad_residual;
         p.grad_residual = nullptr;

@@ -2,28 +2,12 @@
 
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/flip.h>
 #include <ATen/ops/sum.h>
 
 #include "bn_relu_host.h"
 #include "operators.h"
 
 namespace fastres::cuda {
-namespace {
-
-// The convolution from the output of another to its input: turned filters, and as padding what the
-// other's lacks of a full one. Only at stride 1, and where that padding is none to cut off.
-std::optional<cpu::ConvGeometry> turned(const at::Tensor& weight, const cpu::ConvGeometry& g) {
-  constexpr cpu::Pair kOnes{1, 1};
-  if (g.stride != kOnes) return std::nullopt;
-  cpu::ConvGeometry t = g;
-  for (int d = 0; d < 2; ++d) {
-    t.padding[d] = g.dilation[d] * (weight.size(2 + d) - 1) - g.padding[d];
-    if (t.padding[d] < 0) return std::nullopt;
-  }
-  return t;
-}
-
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& weight, const cpu::ConvGeometry& g) {
   check_activation(input, "input", at::kCUDA);
@@ -37,8 +21,6 @@ void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
               grad_output.scalar_type());
 }
 
-}  // namespace
-
 at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
                 const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
@@ -49,24 +31,6 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
   if (!own_conv_serves(input, weight, g)) return vendor_conv(input, weight, bias, g);
   return own_conv(input, weight, g, {}, vector<float>(bias), std::nullopt, /*relu=*/false)
       .contiguous(conv_format(input, weight));
-}
-
-at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
-                      const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-                      at::IntArrayRef dilation, int64_t groups) {
-  const auto g = cpu::check_geometry(stride, padding, dilation, groups);
-  check_gradient(grad_output, input, weight, g);
-  const Below below(input.device());
-  if (const auto t = turned(weight, g); t && g.groups == 1) {
-    const auto filters = weight.flip({2, 3}).transpose(0, 1);
-    if (own_conv_serves(grad_output, filters, *t)) {
-      return own_conv(grad_output, filters, *t, {}, {}, std::nullopt, /*relu=*/false)
-          .contiguous(output_format(input));
-    }
-  }
-  return std::get<0>(at::convolution_backward(
-      grad_output, input, weight.to(input.scalar_type()), std::nullopt, g.stride, g.padding,
-      g.dilation, /*transposed=*/false, {0, 0}, g.groups, {true, false, false}));
 }
 
 std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
@@ -81,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
     return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
   };
   const bool want_weight = output_mask[0], want_bias = output_mask[1];
-  if (want_weight && own_conv_serves(input, weight, g)) {
+  if (want_weight && own_wgrad_serves(input, weight, g)) {
     const auto bias = want_bias ? grad_output.sum({0, 2, 3}) : at::Tensor();
     const auto filters = as_asked(own_wgrad(grad_output, input, weight, g));
     return {filters.contiguous(output_format(weight)), as_asked(bias)};

@@ -1,4 +1,4 @@
-// The convolutions that the operators share: the kernel for sm_90a where it serves, else the
+// The convolutions that the operators share: the project's kernels where they serve, else the
 // vendor's.
 #pragma once
 
@@ -8,18 +8,28 @@
 #include <optional>
 
 #include "../conv_bn.h"
+#include "bn_relu.h"
 
 namespace fastres::cuda {
 
-// Whether the project's kernel computes this convolution: 16-bit values, one group, whole packs of
-// channels, on a GPU of compute capability 9.0 for which it was compiled.
+// Whether the project's kernels compute this convolution, its gradient of the filters: 16-bit
+// values, one group, whole packs of channels; the output on every GPU from sm_80 on, that gradient
+// on one of compute capability 9.0 for which it was compiled. The rest, a stem's three channels and
+// ResNeXt's groups with it, is the vendor's.
 bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g);
+bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
+                      const cpu::ConvGeometry& g);
 
-// act(conv2d(input, weight) * scale + shift + residual) by it; scale and shift: K values in
+// act(conv2d(input, weight) * scale + shift + residual) by them; scale and shift: K values in
 // float32, or none.
 at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
                     const at::Tensor& scale, const at::Tensor& shift,
                     const std::optional<at::Tensor>& residual, bool relu);
+
+// conv2d(relu((input - mean) * weight * invstd + bias), weight) by them; prologue: C values in
+// float32, weight and bias may be null.
+at::Tensor own_bn_relu_conv(const at::Tensor& input, const Vectors<float>& prologue,
+                            const at::Tensor& weight, const cpu::ConvGeometry& g);
 
 // conv2d(input, weight), and the moments of every filter's values: (K, segments) of Moments<float>.
 struct ConvMoments {
@@ -29,10 +39,14 @@ struct ConvMoments {
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
                              const cpu::ConvGeometry& g);
 
-// The gradient of the filters by it, shaped as weight and in input's dtype; grad_output has the
+// The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
 // convolution's shape.
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
                      const at::Tensor& weight, const cpu::ConvGeometry& g);
+
+// Throws where grad_output is not like the convolution's output.
+void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, const cpu::ConvGeometry& g);
 
 // PyTorch's own, in the dtype of input.
 at::Tensor vendor_conv(const at::Tensor& input, const at::Tensor& weight,

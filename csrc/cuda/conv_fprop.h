@@ -7,22 +7,49 @@
 
 namespace fastres::cuda {
 
-// What becomes of the sums. kApply: y = act(sum * scale + shift + residual). kMoments: y = sum, and
-// of every filter the moments of a tile's 128 values, as rounded in y.
-enum class Epilogue { kApply, kMoments };
+// What becomes of the sums.
+// kApply: y = act(sum * scale + shift + residual).
+// kMoments: y = sum, and of every filter the moments of a tile's 128 values, as rounded in y.
+// kMask: y = g, the sum where a ReLU let pass and 0 elsewhere; and of every filter the sums over a
+//   tile of g and of g * (x - mean), before they are rounded: what bn_relu_backward begins with.
+enum class Epilogue { kApply, kMoments, kMask };
+
+// Filters of a tile on sm_90 at most: two arrays beside the output leave less room, a prologue
+// fewer registers.
+constexpr int most_tile_k(Epilogue epilogue, bool prologue) {
+  return prologue || epilogue == Epilogue::kMask ? 128 : 256;
+}
+
+// f(epilogue) as a constant.
+template <typename F>
+void with_epilogue(Epilogue epilogue, F f) {
+  if (epilogue == Epilogue::kApply)
+    f(std::integral_constant<Epilogue, Epilogue::kApply>());
+  else if (epilogue == Epilogue::kMoments)
+    f(std::integral_constant<Epilogue, Epilogue::kMoments>());
+  else
+    f(std::integral_constant<Epilogue, Epilogue::kMask>());
+}
 
 struct ConvEpilogue {
   const float *scale, *shift;  // K values; kApply; null: 1 and 0
-  bool residual, relu;
-  Moments<float>* moments;  // (K, tiles down); kMoments
+  const float* mean;           // K values; kMask
+  bool relu;
+  Moments<float>* moments;  // (K, segments); kMoments
+  Sums<float>* sums;        // (K, segments); kMask
+  int segments, first;      // that a filter has, and the first tile's
 };
 
 // The arrays of one call, all on one device: activations dense in channels_last, filters (K, R, S,
-// C). `moments` has room for K * tiles down.
+// C). `beside`: arrays that the epilogue reads, like the output; kApply: the residual, or null, and
+// none; kMask: the output of the ReLU, and x.
 struct ConvFprop {
-  const void *input, *filter, *residual;
+  const void *input, *filter;
+  const void* beside[2];
   void* output;
+  PixelGrid grid;  // of the output and what lies beside it
   ConvEpilogue epilogue;
+  Vectors<float> prologue = {};  // kApply, C values: the input is relu(batch_norm(input)), or null
 };
 
 // In conv_fprop.cu: a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.
@@ -30,6 +57,11 @@ struct ConvFprop {
 bool has_conv_fprop();
 void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
                        const ConvShape& shape, const ConvFprop& f, int tile_k, int multiprocessors);
+
+// In conv_fprop_sm80.cu: a convolution whose shape fits_packs(), likewise, on sm_80 and later;
+// tiles of 64 or 128 filters.
+void launch_conv_portable(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
+                          const ConvShape& shape, const ConvFprop& f, int tile_k);
 
 // Vectors of K values; conv_bias, weight and bias may be null.
 template <typename A>

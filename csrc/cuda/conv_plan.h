@@ -11,19 +11,37 @@ struct Pair {
   int h, w;
 };
 
-// (N, H, W, C) activations, (K, R, S, C) filters, (N, P, Q, K) output; one group.
+// (N, H, W, C) activations, (K, R, S, C) filters, (N, P, Q, K) output; one group. The padding
+// before the first row and column and that behind the last may differ, and cut off where negative.
 struct ConvShape {
   int64_t n;
   int h, w, c, k, r, s;
-  Pair stride, padding, dilation;
+  Pair stride, padding, padding_end, dilation;
 
+  __host__ __device__ int reach_h() const { return dilation.h * (r - 1); }
+  __host__ __device__ int reach_w() const { return dilation.w * (s - 1); }
   __host__ __device__ int p() const {
-    return (h + 2 * padding.h - dilation.h * (r - 1) - 1) / stride.h + 1;
+    return (h + padding.h + padding_end.h - reach_h() - 1) / stride.h + 1;
   }
   __host__ __device__ int q() const {
-    return (w + 2 * padding.w - dilation.w * (s - 1) - 1) / stride.w + 1;
+    return (w + padding.w + padding_end.w - reach_w() - 1) / stride.w + 1;
   }
   __host__ __device__ int64_t pixels() const { return n * p() * q(); }
+};
+
+// Where output pixels lie in their array, counted in pixels: one behind the other (`dense`), or on
+// a grid with gaps, where several convolutions fill one array.
+struct PixelGrid {
+  bool dense;
+  int64_t first, across, down, image;
+
+  static PixelGrid whole() { return {true, 0, 0, 0, 0}; }
+
+  __host__ __device__ int64_t operator()(const ConvShape& shape, int64_t pixel) const {
+    if (dense) return pixel;
+    const int q = shape.q(), map = shape.p() * q, in_map = static_cast<int>(pixel % map);
+    return first + pixel / map * image + in_map / q * down + in_map % q * across;
+  }
 };
 
 // The convolution as a matrix product: a row for every output pixel, a column for every filter.
@@ -62,22 +80,28 @@ __host__ __device__ inline int steps_of(const ConvShape& shape) {
   return shape.r * shape.s * static_cast<int>(ceil_div(shape.c, ConvTiles::kChunk));
 }
 
-// What the tensor maps of the im2col kind can say: whole 16-byte packs of channels, corners of a
-// signed and offsets of an unsigned byte, coordinates of 32 bits.
-inline bool fits_im2col(const ConvShape& s) {
-  const auto byte = [](int corner) { return corner >= -128 && corner <= 127; };
-  const int reach_h = s.dilation.h * (s.r - 1), reach_w = s.dilation.w * (s.s - 1);
-  return s.c % 8 == 0 && s.k % 8 == 0 && s.c > 0 && s.k > 0 && s.n > 0 && s.p() > 0 && s.q() > 0 &&
-         byte(-s.padding.h) && byte(-s.padding.w) && byte(s.padding.h - reach_h) &&
-         byte(s.padding.w - reach_w) && reach_h < 256 && reach_w < 256 && s.stride.h <= 8 &&
-         s.stride.w <= 8 && s.pixels() <= INT32_MAX - ConvTiles::kTileM;
+// Something to compute, whole 16-byte packs of channels, pixels that 32 bits can count.
+inline bool fits_packs(const ConvShape& s) {
+  return s.c % 8 == 0 && s.k % 8 == 0 && s.c > 0 && s.k > 0 && s.r > 0 && s.s > 0 && s.n > 0 &&
+         s.p() > 0 && s.q() > 0 && s.pixels() <= INT32_MAX - ConvTiles::kTileM;
 }
 
-// Filters of a tile: wide ones share more of the input, but must leave a tile to every
-// multiprocessor.
-inline int choose_tile_k(const ConvShape& s, int multiprocessors) {
+// What the tensor maps of the im2col kind can say besides: corners of a signed and offsets of an
+// unsigned byte.
+inline bool fits_im2col(const ConvShape& s) {
+  const auto byte = [](int corner) { return corner >= -128 && corner <= 127; };
+  return fits_packs(s) && byte(-s.padding.h) && byte(-s.padding.w) &&
+         byte(s.padding_end.h - s.reach_h()) && byte(s.padding_end.w - s.reach_w()) &&
+         s.reach_h() < 256 && s.reach_w() < 256 && s.stride.h <= 8 && s.stride.w <= 8;
+}
+
+// Filters of a tile, `most` or less: wide ones share more of the input, but must leave a tile to
+// every multiprocessor.
+inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most) {
   for (int tile : {256, 128}) {
-    if (s.k % tile == 0 && ConvTiles::of(s, tile).count() >= multiprocessors) return tile;
+    if (tile <= most && s.k % tile == 0 && ConvTiles::of(s, tile).count() >= multiprocessors) {
+      return tile;
+    }
   }
   return s.k > 64 && ConvTiles::of(s, 128).count() >= multiprocessors ? 128 : 64;
 }

@@ -25,15 +25,17 @@ __device__ void init_ring(uint64_t* full, uint64_t* empty) {
 }
 
 // sum = the products of `steps` stages, 64 of the inner dimension each, one warpgroup's rows.
-// a(stage) and b(stage) describe the operands. A product's 16 of the inner dimension are 32 bytes
-// of a row or, transposed, 16 rows of 128 bytes.
-template <typename T, bool kTransposed, int kStages, int HALF, typename A, typename B>
+// a(stage) and b(stage) describe the operands, once prepare(stage) was called. A product's 16 of
+// the inner dimension are 32 bytes of a row or, transposed, 16 rows of 128 bytes.
+template <typename T, bool kTransposed, int kStages, int HALF, typename Prepare, typename A,
+          typename B>
 __device__ void multiply(uint64_t* full, uint64_t* empty, float (&sum)[HALF], Stage& stage,
-                         int steps, int lane, A a, B b) {
+                         int steps, int lane, Prepare prepare, A a, B b) {
   constexpr int kAdvance = (kTransposed ? 16 * 128 : 32) >> 4;
   int previous = -1;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(&full[stage.index], stage.parity);
+    prepare(stage.index);
     const uint64_t left = a(stage.index), right = b(stage.index);
     hold(sum);
     mma_fence();

@@ -69,7 +69,7 @@ __device__ void wgrad_consume(WgradMemory<kTileC>& m, const ConvShape& shape,
   float sum[kTileC / 2] = {};
   Stage stage;
   multiply<T, true, M::kStages>(
-      m.full, m.empty, sum, stage, Share(shape, tiles).steps, lane,
+      m.full, m.empty, sum, stage, Share(shape, tiles).steps, lane, [](int) {},
       [&](int i) { return transposed_operand(m.grad[i] + group * 8192); },
       [&](int i) { return transposed_operand(m.input[i]); });
   const int warp = threadIdx.x % 128 / 32;

@@ -13,6 +13,7 @@ namespace {
 std::vector<KernelEntry> entries() {
   auto all = bn_relu_entries();
   for (auto& entry : conv_entries()) all.push_back(std::move(entry));
+  for (auto& entry : conv_portable_entries()) all.push_back(std::move(entry));
   return all;
 }
 

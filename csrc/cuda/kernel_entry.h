@@ -16,5 +16,6 @@ struct KernelEntry {
 // Each beside the code that launches them: of every kernel the forms that a ResNet uses most.
 std::vector<KernelEntry> bn_relu_entries();
 std::vector<KernelEntry> conv_entries();
+std::vector<KernelEntry> conv_portable_entries();
 
 }  // namespace fastres::cuda

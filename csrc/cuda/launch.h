@@ -58,11 +58,13 @@ T* data(const at::Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A value per channel in the type of accumulators, dense: t itself where it is so.
+// A value per channel in the type of accumulators, dense and on a boundary of 16 bytes, for kernels
+// read two at once: t itself where it is so.
 template <typename A>
 at::Tensor vector(const std::optional<at::Tensor>& t) {
   if (!t.has_value() || !t->defined()) return {};
-  return t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+  const auto dense = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+  return aligned(dense.const_data_ptr()) ? dense : dense.clone();
 }
 
 template <typename E>

@@ -25,6 +25,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training, bool relu,
     std::array<bool, 3> output_mask);
 
+at::Tensor bn_relu_conv(const at::Tensor& input, const at::Tensor& running_mean,
+                        const at::Tensor& running_var, const std::optional<at::Tensor>& bn_weight,
+                        const std::optional<at::Tensor>& bn_bias, double eps,
+                        const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                        at::IntArrayRef dilation, int64_t groups);
+
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,
                         const std::optional<at::Tensor>& residual, const at::Tensor& running_mean,
@@ -47,6 +53,12 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
 at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
                       const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                       at::IntArrayRef dilation, int64_t groups);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_dgrad_bn_relu(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    const at::Tensor& bn_input, const std::optional<at::Tensor>& bn_weight,
+    const at::Tensor& save_mean, const at::Tensor& save_invstd, std::array<bool, 3> output_mask);
 
 std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,

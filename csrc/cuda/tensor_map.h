@@ -37,8 +37,8 @@ inline TensorMapFields input_map(const void* x, bool bfloat16, const ConvShape& 
   f.stride[0] = 2 * c, f.stride[1] = 2 * c * w, f.stride[2] = 2 * c * w * h;
   f.box[0] = ConvTiles::kChunk;
   f.lower[0] = -s.padding.w, f.lower[1] = -s.padding.h;
-  f.upper[0] = s.padding.w - s.dilation.w * (s.s - 1);
-  f.upper[1] = s.padding.h - s.dilation.h * (s.r - 1);
+  f.upper[0] = s.padding_end.w - s.reach_w();
+  f.upper[1] = s.padding_end.h - s.reach_h();
   f.step[0] = f.step[3] = 1;
   f.step[1] = static_cast<uint32_t>(s.stride.w), f.step[2] = static_cast<uint32_t>(s.stride.h);
   return f;

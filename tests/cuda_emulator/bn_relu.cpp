@@ -42,6 +42,7 @@ void backward(const int64_t* shape, void** p, int mask, bool training) {
                       v(9),
                       v(10),
                       nullptr,
+                      0,
                       nullptr,
                       Mask(mask),
                       training};

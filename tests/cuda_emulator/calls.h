@@ -27,3 +27,14 @@ const char* with_dtype(const std::string& dtype, F f) {
     return message.c_str();
   }
 }
+
+// The same for kernels of 16-bit values.
+template <typename F>
+const char* with_16_bits(const std::string& dtype, F f) {
+  return with_dtype(dtype, [&](auto type) {
+    if constexpr (sizeof(type) == 2)
+      f(type);
+    else
+      throw std::runtime_error("16-bit values only");
+  });
+}

@@ -9,17 +9,13 @@ using namespace fastres::cuda;
 // arrays: grad_output, input, grad_filter
 extern "C" const char* conv_wgrad(const char* dtype, const int64_t* numbers, void** arrays,
                                   int multiprocessors) {
-  return with_dtype(dtype, [&](auto type) {
+  return with_16_bits(dtype, [&](auto type) {
     using T = decltype(type);
     const ConvShape shape = shape_of(numbers);
-    if constexpr (sizeof(T) != 2)
-      throw std::runtime_error("16-bit values only");
-    else {
-      const auto tiles = WgradTiles::of(shape, multiprocessors);
-      std::vector<float> partial(size_t(tiles.shares) * shape.k * shape.r * shape.s * shape.c, NAN);
-      conv_wgrad_sm90_run<T>(emulator::Queue(), shape,
-                             {arrays[0], arrays[1], partial.data(), arrays[2]}, multiprocessors);
-    }
+    const auto tiles = WgradTiles::of(shape, multiprocessors);
+    std::vector<float> partial(size_t(tiles.shares) * shape.k * shape.r * shape.s * shape.c, NAN);
+    conv_wgrad_sm90_run<T>(emulator::Queue(), shape,
+                           {arrays[0], arrays[1], partial.data(), arrays[2]}, multiprocessors);
   });
 }
 
