@@ -22,6 +22,7 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv_dgrad", &fastres::cpu::conv_dgrad);
   m.impl("conv_wgrad", &fastres::cpu::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cpu::conv_bn_relu);
+  m.impl("mean_linear", &fastres::cpu::mean_linear);
 }
 
 #if defined(FASTRES_CUDA)

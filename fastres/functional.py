@@ -113,6 +113,26 @@ def conv_bn_add_relu(
     )  # fmt: skip
 
 
+def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(mean(input over H and W), weight, bias)``: a classifier's global average pooling and
+    its last layer (Lin et al. 2014, section 3.2); ``weight`` (K, C), ``bias`` (K,), output (N, K).
+    """
+
+    def eager() -> Tensor:
+        return reference.mean_linear(input, weight, bias)
+
+    def served(backend: str) -> Tensor:
+        operator = ops.OPERATORS[backend].mean_linear
+        if autograd.needs_graph(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+            return eager()
+        return operator(input, weight, bias)
+
+    def check() -> None:
+        checks.mean_linear(input, weight, bias)
+
+    return _serve("mean_linear", input, served, check, eager)
+
+
 def batch_norm(
     input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
 ) -> Tensor:

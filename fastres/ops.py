@@ -54,6 +54,7 @@ _SCHEMAS = {
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float momentum, float eps, bool relu) "
     "-> (Tensor output, Tensor convolved, Tensor save_mean, Tensor save_invstd)",
+    "mean_linear": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -82,6 +83,7 @@ conv_dgrad = torch.ops.fastres.conv_dgrad.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
+mean_linear = torch.ops.fastres.mean_linear.default
 
 
 class Operators(NamedTuple):
@@ -96,11 +98,14 @@ class Operators(NamedTuple):
     conv_dgrad: OpOverload | None = None
     conv_wgrad: OpOverload | None = None
     conv_bn_relu_training: OpOverload | None = None
+    mean_linear: OpOverload | None = None
 
 
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
 OPERATORS = {
-    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
+    "cpu": Operators(
+        *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, mean_linear=mean_linear
+    ),
     "cuda": Operators(
         *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, conv_bn_relu_training
     ),
@@ -208,6 +213,11 @@ def _conv_bn_relu_training(
     return output, convolved, mean, invstd
 
 
+def _mean_linear(input, weight, bias):
+    checks.mean_linear(input, weight, bias)
+    return reference.mean_linear(input, weight, bias)
+
+
 # --- fakes: shapes, dtypes and strides without data ----------------------------------------------
 
 
@@ -288,6 +298,11 @@ def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, grou
         torch.empty_like(weight) if want_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if want_bias else 0),
     )
+
+
+def _fake_mean_linear(input, weight, bias):
+    _check_device(input, weight, bias)
+    return input.new_empty((input.shape[0], weight.shape[0]))
 
 
 def _fake_conv(input, weight, bias, stride, padding, dilation, groups):

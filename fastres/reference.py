@@ -61,6 +61,11 @@ def conv_bn_add_relu(input: Tensor, residual: Tensor, weight: Tensor, *args, **k
     return F.relu(conv_bn(input, weight, *args, **kwargs) + residual)
 
 
+def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(input.mean((2, 3)), weight, bias)``."""
+    return F.linear(input.mean((2, 3)), weight, bias)
+
+
 def bn_relu_forward(
     input: Tensor, residual: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,

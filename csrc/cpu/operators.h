@@ -61,4 +61,8 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                         double eps, bool relu);
 
+// linear(mean(input, {2, 3}), weight, bias)
+at::Tensor mean_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias);
+
 }  // namespace fastres::cpu

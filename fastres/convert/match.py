@@ -1,7 +1,7 @@
 """Fusable patterns in a traced forward, and why the rest is none.
 
 The patterns are ``[convolution ->] batch norm [-> identities] [-> addition] [-> ReLU]`` and
-``addition -> ReLU``. A fused call stands where its last node stood; it computes the same only if
+``addition -> ReLU``, and in eval :mod:`.heads`. A fused call stands where its last node stood; it computes the same only if
 every value inside is used once, and if nothing in between changes what the call reads.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Node
 
 from .. import sites
+from . import heads
 from .effects import Effects
 from .swap import original_class
 from .trace import IN_PLACE_OPERATORS, Trace
@@ -81,6 +82,8 @@ class _Finder:
         for node in self.nodes:
             if node not in self.taken and self.is_bn(node):
                 self.first_safe(node, self.chains(node))
+        for node in self.nodes:
+            self.first_safe(node, heads.ending_in(node, self.traced))
         self.result.found.sort(key=lambda match: self.place[match.nodes[-1]])
         for node in self.nodes:
             if node not in self.taken and (reason := self.why_alone(node)):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from .. import sites
-from . import calls, match, region
+from . import calls, heads, match, region
 from .effects import Effects
 from .purity import Refused, attribute_path
 from .swap import is_plain_container, original_class
@@ -159,7 +159,8 @@ def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict)
         alone[node.target if node.op == "call_module" else node.name] = reason
     replaced: dict[Node, Node] = {}
     for found in matches.found:
-        _replace(traced, found, replaced)
+        replace = _replace_head if isinstance(found, heads.Head) else _replace
+        replace(traced, found, replaced)
     made = tuple(
         Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None)
         for m in matches.found
@@ -194,6 +195,19 @@ def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> N
             target = calls.conv_bn_add_act if added else sites.conv_bn_act
             arguments = (input, get(found.conv), bn, act, residual)
             call = graph.call_function(target, arguments, rest)
+    _put(graph, call, found, replaced)
+
+
+def _replace_head(traced: Trace, head: heads.Head, replaced: dict[Node, Node]) -> None:
+    graph, input = traced.graph, replaced.get(head.input, head.input)
+    with graph.inserting_before(head.nodes[-1]):
+        *pooling, fc = (graph.create_node("get_attr", path) for path in head.via)
+        call = graph.call_function(head.call(), (input, _Name("self"), tuple(pooling), fc))
+    _put(graph, call, head, replaced)
+
+
+def _put(graph, call: Node, found: match.Match | heads.Head, replaced: dict[Node, Node]) -> None:
+    last = found.nodes[-1]
     replaced[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(found.nodes):

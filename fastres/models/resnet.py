@@ -6,10 +6,9 @@ He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", table 
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, sites
 from ..memory_format import fastest
 from ..nn import BasicBlock, Bottleneck
 from .common import initialise, stem_convolution, stem_pooling
@@ -97,7 +96,7 @@ class ResNet(nn.Module):
             x = self.maxpool(x)
         for stage in self.stages[1:-1]:
             x = self._modules[stage](x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return heads.classify(x, self.avgpool, self.fc)
 
 
 def resnet18(**options) -> ResNet:

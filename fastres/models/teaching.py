@@ -3,10 +3,9 @@
 Its residual block has biased convolutions and a bare 1x1 convolution as its projection.
 """
 
-import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, sites
 from ..memory_format import fastest
 from ..residual import Residual, end, end_without_branch
 from .registry import register
@@ -66,7 +65,7 @@ class TeachingResNet(nn.Module):
         x = fastest(x)
         for stage in self.stages[:-1]:
             x = self._modules[stage](x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return heads.classify(x, self.avgpool, self.fc)
 
 
 class Stem(nn.Module):
