@@ -17,9 +17,9 @@ from . import ops
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
-_OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu", "mean_linear")
+_OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu", "conv_bn_relu_pool", "mean_linear")
 # What a GPU's backends have none of: there PyTorch's own operators serve it, whoever was asked for.
-_OF_THE_CPU = ("mean_linear",)
+_OF_THE_CPU = ("conv_bn_relu_pool", "mean_linear")
 # (backend, operator) for every compiled implementation; the device's name is the backend's
 _COMPILED = {
     (device, operator)

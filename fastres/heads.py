@@ -6,8 +6,8 @@ As the calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 import torch
 from torch import Tensor, nn
 
-from . import autograd, functional, sites
-from .backend import serving
+from . import autograd, functional, ops, sites
+from .backend import extension_serves, serving
 
 KIND = "mean_linear"  # of site, and the operator that serves it
 _TIMM_POOL = ("timm.layers.adaptive_avgmax_pool", "SelectAdaptivePool2d")
@@ -27,6 +27,10 @@ def mean_linear(input: Tensor, pooling: tuple[nn.Module, ...], fc: nn.Module) ->
     None where the modules have to be called: where autograd records, under autocast, where one of
     them is watched or another than it was, and for anything that they would refuse.
     """
+    if extension_serves(KIND):
+        output = ops.extension.mean_linear(input, pooling, fc)
+        if output is not None:
+            return output
     if not isinstance(input, Tensor) or input.dim() != 4 or not input.numel():
         return None
     if any(map(why_not, (*pooling, fc))) or serving(KIND, input.device) != "cpu":

@@ -54,6 +54,9 @@ _SCHEMAS = {
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float momentum, float eps, bool relu) "
     "-> (Tensor output, Tensor convolved, Tensor save_mean, Tensor save_invstd)",
+    "conv_bn_relu_pool": "(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, "
+    f"Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, {_GEOMETRY}, float eps, "
+    "int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor",
     "mean_linear": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -83,6 +86,7 @@ conv_dgrad = torch.ops.fastres.conv_dgrad.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
+conv_bn_relu_pool = torch.ops.fastres.conv_bn_relu_pool.default
 mean_linear = torch.ops.fastres.mean_linear.default
 
 
@@ -98,14 +102,14 @@ class Operators(NamedTuple):
     conv_dgrad: OpOverload | None = None
     conv_wgrad: OpOverload | None = None
     conv_bn_relu_training: OpOverload | None = None
+    conv_bn_relu_pool: OpOverload | None = None
     mean_linear: OpOverload | None = None
 
 
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
+_inference = (conv_bn_relu_pool, mean_linear)
 OPERATORS = {
-    "cpu": Operators(
-        *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, mean_linear=mean_linear
-    ),
+    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, None, *_inference),
     "cuda": Operators(
         *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, conv_bn_relu_training
     ),
@@ -213,6 +217,17 @@ def _conv_bn_relu_training(
     return output, convolved, mean, invstd
 
 
+def _conv_bn_relu_pool(
+    input, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, pool_kernel, pool_stride, pool_padding,
+):  # fmt: skip
+    output = _conv_bn_relu(
+        input, weight, bias, None, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, eps, True,
+    )  # fmt: skip
+    return torch.nn.functional.max_pool2d(output, pool_kernel, pool_stride, pool_padding)
+
+
 def _mean_linear(input, weight, bias):
     checks.mean_linear(input, weight, bias)
     return reference.mean_linear(input, weight, bias)
@@ -298,6 +313,17 @@ def _fake_conv_wgrad(grad_output, input, weight, stride, padding, dilation, grou
         torch.empty_like(weight) if want_weight else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if want_bias else 0),
     )
+
+
+def _fake_conv_bn_relu_pool(
+    input, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, pool_kernel, pool_stride, pool_padding,
+):  # fmt: skip
+    convolved = _fake_conv_bn_relu(
+        input, weight, bias, None, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, eps, True,
+    )  # fmt: skip
+    return torch.nn.functional.max_pool2d(convolved, pool_kernel, pool_stride, pool_padding)
 
 
 def _fake_mean_linear(input, weight, bias):

@@ -30,7 +30,7 @@ def conv_bn_act(
         return output
     if why_not_conv(conv) or input.dim() != 4:
         return bn_act(conv(input), bn, act, residual, via)
-    if _why_not_rest(bn, act, residual, via):
+    if why_not_rest(bn, act, residual, via):
         return _one_by_one(conv(input), bn, act, residual, via)
     if residual is not None and (act is None or not fits_convolution(residual, input, conv)):
         return _add_act(_conv_bn(input, conv, bn, None, False), residual, act)
@@ -46,7 +46,7 @@ def bn_act(
         output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
-    if _why_not_rest(bn, act, residual, via) or input.dim() != 4:
+    if why_not_rest(bn, act, residual, via) or input.dim() != 4:
         return _one_by_one(input, bn, act, residual, via)
     if residual is not None and not _alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
@@ -176,7 +176,7 @@ def why_not_plain(module: nn.Module) -> str:
     return ""
 
 
-def _why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
+def why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
     reason = why_not_bn(bn) or why_not_act(act)
     if not reason and residual is not None:
         if not isinstance(residual, Tensor):

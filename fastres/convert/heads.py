@@ -22,7 +22,7 @@ _MAP = {2, 3}  # the dimensions that are averaged
 
 @dataclass
 class Head:
-    """One fused call, as :class:`fastres.convert.match.Match`; ``via`` are the paths of its modules,
+    """One fused call, like :class:`fastres.convert.match.Match`; ``via`` are its modules' paths,
     the linear layer's last."""
 
     nodes: list[Node]
@@ -32,6 +32,7 @@ class Head:
     conv: ClassVar[None] = None
     bn: ClassVar[None] = None
     act: ClassVar[None] = None
+    pool: ClassVar[None] = None
     residual: ClassVar[None] = None
 
     @property

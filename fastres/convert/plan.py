@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .. import sites
+from .. import sites, stems
 from . import calls, heads, match, region
 from .effects import Effects
 from .purity import Refused, attribute_path
@@ -41,10 +41,12 @@ class Site:
     bn: str | None
     via: tuple[str, ...]
     act: str | None
+    pool: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(p for p in (self.conv, self.bn, *self.via, self.act) if p is not None)
+        paths = (self.conv, self.bn, *self.via, self.act, self.pool)
+        return tuple(path for path in paths if path is not None)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict)
         replace = _replace_head if isinstance(found, heads.Head) else _replace
         replace(traced, found, replaced)
     made = tuple(
-        Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None)
+        Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None, m.pool)
         for m in matches.found
     )
     run, holds = _generate(module, traced)
@@ -191,6 +193,9 @@ def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> N
         elif found.conv is None:
             target = calls.bn_add_act if added else sites.bn_act
             call = graph.call_function(target, (input, bn, act, residual), rest)
+        elif found.pool is not None:
+            arguments = (input, get(found.conv), bn, act, get(found.pool))
+            call = graph.call_function(stems.conv_bn_act_pool, arguments, rest)
         else:
             target = calls.conv_bn_add_act if added else sites.conv_bn_act
             arguments = (input, get(found.conv), bn, act, residual)
