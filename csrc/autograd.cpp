@@ -289,4 +289,25 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
               bn.weight, bn.bias, g.stride, g.padding, g.dilation, g.groups, bn.eps, relu);
 }
 
+at::Tensor conv_bn_relu_pool(const at::Tensor& input, const Convolution& conv, const BatchNorm& bn,
+                             const cpu::MaxPool& pool) {
+  using Signature =
+      at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                 const at::Tensor&, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
+                 at::IntArrayRef, at::IntArrayRef, int64_t, double, at::IntArrayRef,
+                 at::IntArrayRef, at::IntArrayRef);
+  static const auto op = find_operator<Signature>("fastres::conv_bn_relu_pool");
+  const auto& g = conv.geometry;
+  return call(op, input, conv.weight, conv.bias, *bn.running_mean, *bn.running_var, bn.weight,
+              bn.bias, g.stride, g.padding, g.dilation, g.groups, bn.eps, pool.kernel, pool.stride,
+              pool.padding);
+}
+
+at::Tensor mean_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const OptionalTensor& bias) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&);
+  static const auto op = find_operator<Signature>("fastres::mean_linear");
+  return call(op, input, weight, bias);
+}
+
 }  // namespace fastres::autograd

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "cpu/conv_arguments.h"
+#include "cpu/max_pool.h"
 
 namespace fastres {
 
@@ -51,6 +52,14 @@ at::Tensor conv(const at::Tensor& input, const Convolution& conv);
 // act(batch_norm(conv(input)) + residual) in eval; never recorded.
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
                         const Convolution& conv, const BatchNorm& bn, bool relu);
+
+// max_pool2d(conv_bn_relu(input), pool); never recorded.
+at::Tensor conv_bn_relu_pool(const at::Tensor& input, const Convolution& conv, const BatchNorm& bn,
+                             const cpu::MaxPool& pool);
+
+// linear(mean(input, {2, 3}), weight, bias); never recorded.
+at::Tensor mean_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const OptionalTensor& bias);
 
 }  // namespace autograd
 }  // namespace fastres

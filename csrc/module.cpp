@@ -22,6 +22,8 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv_dgrad", &fastres::cpu::conv_dgrad);
   m.impl("conv_wgrad", &fastres::cpu::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cpu::conv_bn_relu);
+  m.impl("conv_bn_relu_pool", &fastres::cpu::conv_bn_relu_pool);
+  m.impl("mean_linear", &fastres::cpu::mean_linear);
 }
 
 #if defined(FASTRES_CUDA)
@@ -131,6 +133,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with and runs on.");
   m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
   m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
+  m.def("conv_bn_act_pool", &fastres::conv_bn_act_pool, "pool(act(bn(conv(input))))");
+  m.def("mean_linear", &fastres::mean_linear, "linear(pooling(input)); see csrc/sites.h.");
   m.def("add_relu", &fastres::functional::add_relu, "See csrc/functional.h.");
   m.def("bn_relu", &fastres::functional::bn_relu, "See csrc/functional.h.");
   m.def("conv_bn_relu", &fastres::functional::conv_bn_relu, "See csrc/functional.h.");

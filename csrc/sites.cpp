@@ -25,6 +25,10 @@ struct Known {
   PyObject* const bn = keep("torch.nn", "BatchNorm2d");
   PyObject* const relu = keep("torch.nn", "ReLU");
   PyObject* const identity = keep("torch.nn", "Identity");
+  PyObject* const linear = keep("torch.nn", "Linear");
+  PyObject* const flatten = keep("torch.nn", "Flatten");
+  PyObject* const mean_pool = keep("torch.nn", "AdaptiveAvgPool2d");
+  PyObject* const max_pool = keep("torch.nn", "MaxPool2d");
   PyObject* const functional_relu = keep("torch.nn.functional", "relu");
   const std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
                                        intern("_backward_hooks"), intern("_backward_pre_hooks")};
@@ -50,6 +54,12 @@ struct Known {
   PyObject* const dilation = intern("dilation");
   PyObject* const groups = intern("groups");
   PyObject* const padding_mode = intern("padding_mode");
+  PyObject* const kernel_size = intern("kernel_size");
+  PyObject* const ceil_mode = intern("ceil_mode");
+  PyObject* const return_indices = intern("return_indices");
+  PyObject* const output_size = intern("output_size");
+  PyObject* const start_dim = intern("start_dim");
+  PyObject* const end_dim = intern("end_dim");
 };
 
 const Known& known() {
@@ -165,6 +175,28 @@ at::ScalarType output_dtype(const at::Tensor& x) {
   return cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
 }
 
+cpu::MaxPool max_pool_of(PyObject* module) {
+  const Plain pool(module, known().max_pool);
+  require(!bool_of(pool.get(known().ceil_mode)) && !bool_of(pool.get(known().return_indices)));
+  require(pair_of(pool.get(known().dilation)) == cpu::Pair{1, 1});
+  return {pair_of(pool.get(known().kernel_size)), pair_of(pool.get(known().stride)),
+          pair_of(pool.get(known().padding))};
+}
+
+// A global average pooling, or a flattening of what it gives.
+void require_pooling(PyObject* module) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) == known().flatten) {
+    const Plain flatten(module, known().flatten);
+    require(int_of(flatten.get(known().start_dim)) == 1);
+    require(int_of(flatten.get(known().end_dim)) == -1);
+  } else {
+    const Plain pool(module, known().mean_pool);
+    require(pair_of(pool.get(known().output_size)) == cpu::Pair{1, 1});
+  }
+}
+
+void require_no_autocast() { require(!at::autocast::is_autocast_enabled(at::kCPU)); }
+
 }  // namespace
 
 py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_module,
@@ -204,6 +236,41 @@ py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::ha
     return autograd::bn_relu(x, r, bn, relu);
   };
   return unless_unusual(site, [&] { uncount(counted); });
+}
+
+py::object conv_bn_act_pool(py::handle input, py::handle conv_module, py::handle bn_module,
+                            py::handle act, py::handle pool_module, py::handle via) {
+  return unless_unusual([&] {
+    const auto x = activation_of(input.ptr());
+    const auto conv = convolution_of(conv_module.ptr());
+    const CountingBatchNorm bn(bn_module.ptr());
+    require(!bn.training && is_relu(act.ptr()));
+    require_identities(via.ptr());
+    const auto pool = max_pool_of(pool_module.ptr());
+    require_no_autocast();
+    require(!needs_graph(x, conv.weight, conv.bias, bn.weight, bn.bias));
+    require(conv.weight.scalar_type() == x.scalar_type());
+    require(!conv.bias || conv.bias->scalar_type() == x.scalar_type());
+    const py::gil_scoped_release no_gil;
+    return autograd::conv_bn_relu_pool(x, conv, bn, pool);
+  });
+}
+
+py::object mean_linear(py::handle input, py::handle pooling, py::handle linear_module) {
+  return unless_unusual([&] {
+    const auto x = activation_of(input.ptr());
+    require(PyTuple_CheckExact(pooling.ptr()));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pooling.ptr()); ++i) {
+      require_pooling(PyTuple_GET_ITEM(pooling.ptr(), i));
+    }
+    const Plain linear(linear_module.ptr(), known().linear);
+    const auto weight = linear.tensor(known().parameters, known().weight);
+    const auto bias = linear.tensor(known().parameters, known().bias);
+    require_no_autocast();
+    require(weight && !needs_graph(x, *weight, bias));
+    const py::gil_scoped_release no_gil;
+    return autograd::mean_linear(x, *weight, bias);
+  });
 }
 
 }  // namespace fastres

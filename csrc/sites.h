@@ -14,4 +14,11 @@ pybind11::object conv_bn_act(pybind11::handle input, pybind11::handle conv, pybi
 pybind11::object bn_act(pybind11::handle input, pybind11::handle bn, pybind11::handle act,
                         pybind11::handle residual, pybind11::handle via);
 
+// pool(act(bn(conv(input)))) and linear(pooling(input)) in inference.
+pybind11::object conv_bn_act_pool(pybind11::handle input, pybind11::handle conv,
+                                  pybind11::handle bn, pybind11::handle act, pybind11::handle pool,
+                                  pybind11::handle via);
+pybind11::object mean_linear(pybind11::handle input, pybind11::handle pooling,
+                             pybind11::handle linear);
+
 }  // namespace fastres

@@ -17,7 +17,9 @@ from . import ops
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
 
-_OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu")
+_OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu", "conv_bn_relu_pool", "mean_linear")
+# What a GPU's backends have none of: there PyTorch's own operators serve it, whoever was asked for.
+_OF_THE_CPU = ("conv_bn_relu_pool", "mean_linear")
 # (backend, operator) for every compiled implementation; the device's name is the backend's
 _COMPILED = {
     (device, operator)
@@ -186,13 +188,15 @@ def serving(operator: str, device: torch.device) -> str:
     if _requested == "eager":
         return "eager"
     if not _has(_requested, operator, device.type):
+        if operator in _OF_THE_CPU:
+            return "eager"
         _refuse(operator, device)
     return _requested
 
 
 def _has(name: str, operator: str, device_type: str) -> bool:
-    """Triton has every operator: within one, a convolution may be the vendor's."""
-    if name == "triton":
+    """Triton has every operator of the GPU's: within one, a convolution may be the vendor's."""
+    if name == "triton" and operator not in _OF_THE_CPU:
         interpreted = device_type == "cpu" and ops.TRITON_FOUND and ops.TRITON_INTERPRETS
         return interpreted or (device_type == "cuda" and ops.TRITON_FOUND)
     return name == device_type and (name, operator) in _COMPILED

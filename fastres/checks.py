@@ -45,6 +45,22 @@ def conv_bn_relu(
         _residual(residual, size, dtype, input.device)
 
 
+def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _activation(input)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
+        raise RuntimeError(
+            f"weight: expected shape (K, {input.shape[1]}) for input {_shape(input)}, "
+            f"got {_shape(weight)}"
+        )
+    _same_device("weight", weight, input.device)
+    _same_dtype("weight", compute_dtype(weight), compute_dtype(input))
+    if bias is not None:
+        _vector("bias", bias, weight.shape[0], input.device)
+        _same_dtype("bias", compute_dtype(bias), compute_dtype(input))
+
+
 def conv(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups: int) -> tuple:
     """Gives the output's size."""
     _activation(input)

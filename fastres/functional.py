@@ -113,6 +113,65 @@ def conv_bn_add_relu(
     )  # fmt: skip
 
 
+def conv_bn_relu_pool(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
+    running_mean: Tensor, running_var: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    eps: float, pool_kernel, pool_stride, pool_padding,
+) -> Tensor:  # fmt: skip
+    """``max_pool2d(conv_bn_relu(input, ...), pool_kernel, pool_stride, pool_padding)`` in eval.
+
+    The stem of a ResNet (He et al. 2015, table 1). The convolution's output, the network's largest
+    map, is pooled band by band of its rows, while they are in the cache.
+    """
+
+    def in_steps() -> Tensor:
+        output = conv_bn_relu(
+            input, weight, bias, stride, padding, dilation, groups,
+            running_mean, running_var, bn_weight, bn_bias, eps=eps,
+        )  # fmt: skip
+        return F.max_pool2d(output, pool_kernel, pool_stride, pool_padding)
+
+    def served(backend: str) -> Tensor:
+        graph = (input, weight, bias, bn_weight, bn_bias)
+        if autograd.needs_graph(*graph) or torch.is_autocast_enabled("cpu"):
+            return in_steps()
+        if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
+            check()  # the operator allows more than eager does
+        return ops.OPERATORS[backend].conv_bn_relu_pool(
+            input, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+            stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps,
+            pool_kernel, pool_stride, pool_padding,
+        )  # fmt: skip
+
+    def check() -> None:
+        checks.conv_bn_relu(
+            input, weight, bias, None, running_mean, running_var, bn_weight, bn_bias,
+            stride, padding, dilation, groups, False, eps,
+        )  # fmt: skip
+
+    return _serve("conv_bn_relu_pool", input, served, check, in_steps)
+
+
+def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(mean(input over H and W), weight, bias)``: a classifier's global average pooling and
+    its last layer (Lin et al. 2014, section 3.2); ``weight`` (K, C), ``bias`` (K,), output (N, K).
+    """
+
+    def eager() -> Tensor:
+        return reference.mean_linear(input, weight, bias)
+
+    def served(backend: str) -> Tensor:
+        operator = ops.OPERATORS[backend].mean_linear
+        if autograd.needs_graph(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+            return eager()
+        return operator(input, weight, bias)
+
+    def check() -> None:
+        checks.mean_linear(input, weight, bias)
+
+    return _serve("mean_linear", input, served, check, eager)
+
+
 def batch_norm(
     input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
 ) -> Tensor:

@@ -60,6 +60,10 @@ _SCHEMAS = {
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float momentum, float eps, bool relu) "
     "-> (Tensor output, Tensor convolved, Tensor save_mean, Tensor save_invstd)",
+    "conv_bn_relu_pool": "(Tensor input, Tensor weight, Tensor? bias, Tensor running_mean, "
+    f"Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, {_GEOMETRY}, float eps, "
+    "int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor",
+    "mean_linear": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -90,6 +94,8 @@ conv_dgrad_bn_relu = torch.ops.fastres.conv_dgrad_bn_relu.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
+conv_bn_relu_pool = torch.ops.fastres.conv_bn_relu_pool.default
+mean_linear = torch.ops.fastres.mean_linear.default
 
 
 class Operators(NamedTuple):
@@ -104,11 +110,14 @@ class Operators(NamedTuple):
     conv_dgrad: OpOverload | None = None
     conv_wgrad: OpOverload | None = None
     conv_bn_relu_training: OpOverload | None = None
+    conv_bn_relu_pool: OpOverload | None = None
+    mean_linear: OpOverload | None = None
 
 
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
+_inference = (conv_bn_relu_pool, mean_linear)
 OPERATORS = {
-    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad),
+    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, None, *_inference),
     "cuda": Operators(
         *_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, conv_bn_relu_training
     ),
@@ -239,6 +248,22 @@ def _conv_bn_relu_training(
     return output, convolved, mean, invstd
 
 
+def _conv_bn_relu_pool(
+    input, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, pool_kernel, pool_stride, pool_padding,
+):  # fmt: skip
+    output = _conv_bn_relu(
+        input, weight, bias, None, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, eps, True,
+    )  # fmt: skip
+    return torch.nn.functional.max_pool2d(output, pool_kernel, pool_stride, pool_padding)
+
+
+def _mean_linear(input, weight, bias):
+    checks.mean_linear(input, weight, bias)
+    return reference.mean_linear(input, weight, bias)
+
+
 # --- fakes: shapes, dtypes and strides without data ----------------------------------------------
 
 
@@ -337,6 +362,22 @@ def _fake_bn_relu_conv(
 ):  # fmt: skip
     _check_device(input, running_mean, running_var, bn_weight, bn_bias, weight)
     return _fake_conv(input, weight, None, stride, padding, dilation, groups)
+
+
+def _fake_conv_bn_relu_pool(
+    input, weight, bias, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, pool_kernel, pool_stride, pool_padding,
+):  # fmt: skip
+    convolved = _fake_conv_bn_relu(
+        input, weight, bias, None, running_mean, running_var, bn_weight, bn_bias,
+        stride, padding, dilation, groups, eps, True,
+    )  # fmt: skip
+    return torch.nn.functional.max_pool2d(convolved, pool_kernel, pool_stride, pool_padding)
+
+
+def _fake_mean_linear(input, weight, bias):
+    _check_device(input, weight, bias)
+    return input.new_empty((input.shape[0], weight.shape[0]))
 
 
 def _fake_conv(input, weight, bias, stride, padding, dilation, groups):

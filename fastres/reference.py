@@ -61,6 +61,24 @@ def conv_bn_add_relu(input: Tensor, residual: Tensor, weight: Tensor, *args, **k
     return F.relu(conv_bn(input, weight, *args, **kwargs) + residual)
 
 
+def conv_bn_relu_pool(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
+    running_mean: Tensor, running_var: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    eps: float, pool_kernel, pool_stride, pool_padding,
+) -> Tensor:  # fmt: skip
+    """``F.max_pool2d(conv_bn_relu(input, ...), pool_kernel, ...)`` in eval."""
+    output = conv_bn_relu(
+        input, weight, bias, stride, padding, dilation, groups,
+        running_mean, running_var, bn_weight, bn_bias, eps=eps,
+    )  # fmt: skip
+    return F.max_pool2d(output, pool_kernel, pool_stride, pool_padding)
+
+
+def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(input.mean((2, 3)), weight, bias)``."""
+    return F.linear(input.mean((2, 3)), weight, bias)
+
+
 def bn_relu_forward(
     input: Tensor, residual: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,

@@ -34,7 +34,7 @@ def conv_bn_act(
             return output
     if why_not_conv(conv) or input.dim() != 4:
         return bn_act(conv(input), bn, act, residual, via)
-    if _why_not_rest(bn, act, residual, via):
+    if why_not_rest(bn, act, residual, via):
         return _one_by_one(conv(input), bn, act, residual, via)
     if residual is not None and (act is None or not fits_convolution(residual, input, conv)):
         return _add_act(_conv_bn(input, conv, bn, None, False), residual, act)
@@ -50,7 +50,7 @@ def bn_act(
         output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
-    if _why_not_rest(bn, act, residual, via) or input.dim() != 4:
+    if why_not_rest(bn, act, residual, via) or input.dim() != 4:
         return _one_by_one(input, bn, act, residual, via)
     if residual is not None and not _alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
@@ -106,7 +106,7 @@ def why_not_conv(conv: nn.Module) -> str:
         d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
     ):
         return "padding 'same' is not symmetric for an even kernel"
-    return _why_not_plain(conv)
+    return why_not_plain(conv)
 
 
 def why_not_bn(bn: nn.Module) -> str:
@@ -120,9 +120,9 @@ def why_not_bn(bn: nn.Module) -> str:
             for inner, expected in ((bn.drop, nn.Identity), (bn.act, (nn.ReLU, nn.Identity))):
                 if not isinstance(inner, expected):
                     return f"{type(inner).__name__} inside {type(bn).__name__}"
-                if reason := _why_not_plain(inner):
+                if reason := why_not_plain(inner):
                     return reason
-    return _why_not_plain(bn)
+    return why_not_plain(bn)
 
 
 def why_not_act(act: Act) -> str:
@@ -131,14 +131,14 @@ def why_not_act(act: Act) -> str:
         return ""
     if type(act) is not nn.ReLU:
         return f"activation {type(act).__name__} is not ReLU"
-    return _why_not_plain(act)
+    return why_not_plain(act)
 
 
 def why_not_via(module: nn.Module) -> str:
     """Why a module between batch norm and addition may not be skipped; "" where it may."""
     if type(module) is not nn.Identity:
         return f"{type(module).__name__} between batch norm and addition"
-    return _why_not_plain(module)
+    return why_not_plain(module)
 
 
 def is_conv_bn(module: nn.Module) -> bool:
@@ -148,11 +148,11 @@ def is_conv_bn(module: nn.Module) -> bool:
         and len(module) == 2
         and isinstance(module[0], nn.Conv2d)
         and is_bn(module[1])
-        and not _why_not_plain(module)
+        and not why_not_plain(module)
     )
 
 
-def _why_not_plain(module: nn.Module) -> str:
+def why_not_plain(module: nn.Module) -> str:
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -172,7 +172,7 @@ def _why_not_plain(module: nn.Module) -> str:
     return ""
 
 
-def _why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
+def why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
     reason = why_not_bn(bn) or why_not_act(act)
     if not reason and residual is not None:
         if not isinstance(residual, Tensor):

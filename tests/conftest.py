@@ -18,7 +18,7 @@ from fastres import ops
 
 # fastres.backend the module: the attribute of that name is the context manager
 backend_module = sys.modules["fastres.backend"]
-OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu")
+OPERATORS = ("add_relu", "bn_relu", "conv_bn_relu", "conv_bn_relu_pool", "mean_linear")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -56,8 +56,7 @@ bool run_as(const at::Tensor& x, const FilterView& filters, const at::Tensor& bi
   return run_conv<T>(shape, algorithm,
                      {x.const_data_ptr<T>(), packed(filters, algorithm),
                       bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                      /*residual=*/nullptr, y.mutable_data_ptr<T>(), /*relu=*/false},
-                     /*beside=*/[](Range) {});
+                      /*residual=*/nullptr, y.mutable_data_ptr<T>(), /*relu=*/false});
 }
 
 // False, and nothing of use in y, where a sum was not finite.

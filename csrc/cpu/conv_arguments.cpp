@@ -5,7 +5,6 @@
 #include "../checks.h"
 
 namespace fastres::cpu {
-namespace {
 
 Pair check_pair(at::IntArrayRef values, const char* name, int64_t least) {
   TORCH_CHECK(values.size() == 1 || values.size() == 2, name, ": expected 1 or 2 integers, got ",
@@ -15,8 +14,6 @@ Pair check_pair(at::IntArrayRef values, const char* name, int64_t least) {
               ", got ", values);
   return pair;
 }
-
-}  // namespace
 
 ConvGeometry check_geometry(at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups) {

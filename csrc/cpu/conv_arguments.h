@@ -14,6 +14,9 @@ struct ConvGeometry {
   bool operator==(const ConvGeometry&) const = default;
 };
 
+// Two integers, or one for both dimensions.
+Pair check_pair(at::IntArrayRef values, const char* name, int64_t least);
+
 ConvGeometry check_geometry(at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups);
 

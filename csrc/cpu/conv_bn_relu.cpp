@@ -6,6 +6,7 @@
 #include <ATen/ops/any.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/isnan.h>
+#include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/relu.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -15,6 +16,7 @@
 #include "capability.h"
 #include "conv_arguments.h"
 #include "conv_fold_cache.h"
+#include "conv_pool.h"
 #include "conv_run.h"
 #include "invalid_flag.h"
 #include "operators.h"
@@ -112,22 +114,24 @@ ConvAlgorithm own_algorithm(const at::Tensor& x, const at::Tensor& weight, const
 
 template <typename T>
 void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
-             ConvAlgorithm algorithm, bool relu, const at::Tensor& y) {
+             ConvAlgorithm algorithm, bool relu, const MaxPool* pool, const at::Tensor& y) {
   const auto shape = shape_of(x, c.weight, c.geometry);
   const auto run = [&](ConvAlgorithm with) {
     for (;;) {
       const auto folded = folded_conv(c, x.sizes(), with);
+      const ConvOperands<T> operands{x.const_data_ptr<T>(),
+                                     folded.weight.const_data_ptr<float>(),
+                                     folded.bias.const_data_ptr<float>(),
+                                     given(residual) ? residual->const_data_ptr<T>() : nullptr,
+                                     y.mutable_data_ptr<T>(),
+                                     relu};
       std::atomic<bool> stale{false};
-      const bool finite =
-          run_conv<T>(shape, with,
-                      {x.const_data_ptr<T>(), folded.weight.const_data_ptr<float>(),
-                       folded.bias.const_data_ptr<float>(),
-                       given(residual) ? residual->const_data_ptr<T>() : nullptr,
-                       y.mutable_data_ptr<T>(), relu},
-                      [&](Range filters) {
-                        if (folded.unchecked && !folded.unchecked->match(c.weight, filters))
-                          stale = true;
-                      });
+      const auto look = [&](Range filters) {
+        if (folded.unchecked && !folded.unchecked->match(c.weight, filters)) stale = true;
+      };
+      if (pool != nullptr) look({0, shape.k});
+      const bool finite = pool == nullptr ? run_conv<T>(shape, with, operands, look)
+                                          : run_pooled_conv<T>(shape, with, operands, *pool);
       if (!stale) return finite;
       forget_folded(c);
     }
@@ -135,24 +139,45 @@ void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& 
   if (!run(algorithm)) run(ConvAlgorithm::kDirect);
 }
 
-// c.dtype is float32, whatever the activations are.
+// c.dtype is float32, whatever the activations are. The pool may be null.
 at::Tensor convolve_own(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c,
-                        ConvAlgorithm algorithm, bool relu) {
+                        ConvAlgorithm algorithm, bool relu, const MaxPool* pool = nullptr) {
   const auto x = in_channels_last(input);
   const auto r = given(residual) ? OptionalTensor(in_channels_last(*residual)) : std::nullopt;
-  const auto y = empty_output(output_size(x, c.weight, c.geometry), x.scalar_type(),
-                              at::MemoryFormat::ChannelsLast);
+  auto size = output_size(x, c.weight, c.geometry);
+  if (pool != nullptr) size = pool->output_size(size);
+  const auto y = empty_output(size, x.scalar_type(), at::MemoryFormat::ChannelsLast);
   switch (x.scalar_type()) {
     case at::kBFloat16:
-      run_own<c10::BFloat16>(x, r, c, algorithm, relu, y);
+      run_own<c10::BFloat16>(x, r, c, algorithm, relu, pool, y);
       break;
     case at::kHalf:
-      run_own<c10::Half>(x, r, c, algorithm, relu, y);
+      run_own<c10::Half>(x, r, c, algorithm, relu, pool, y);
       break;
     default:
-      run_own<float>(x, r, c, algorithm, relu, y);
+      run_own<float>(x, r, c, algorithm, relu, pool, y);
   }
   return y;
+}
+
+// Of a convolution's output.
+at::MemoryFormat conv_format(const at::Tensor& input, const at::Tensor& weight) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  const bool last = output_format(input) == kLast || output_format(weight) == kLast;
+  return last ? kLast : at::MemoryFormat::Contiguous;
+}
+
+MaxPool check_pool(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                   at::IntArrayRef size) {
+  const MaxPool pool{check_pair(kernel, "pool_kernel", 1), check_pair(stride, "pool_stride", 1),
+                     check_pair(padding, "pool_padding", 0)};
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK(2 * pool.padding[d] <= pool.kernel[d], "pool_padding: expected half of the kernel ",
+                kernel, " at most, got ", padding);
+    TORCH_CHECK(size[2 + d] + 2 * pool.padding[d] >= pool.kernel[d], "pool_kernel: ", kernel,
+                " reaches over the convolution's output ", size);
+  }
+  return pool;
 }
 
 // Where oneDNN has no such convolution: ATen's, then the normalisation in one pass.
@@ -189,9 +214,7 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
 
-  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-  const bool channels_last = output_format(input) == kLast || output_format(weight) == kLast;
-  const auto format = channels_last ? kLast : at::MemoryFormat::Contiguous;
+  const auto format = conv_format(input, weight);
   const auto as_asked = [&](const at::Tensor& y) {
     return y.to(input.scalar_type()).contiguous(format);
   };
@@ -204,8 +227,8 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   const auto r =
       given(residual) ? OptionalTensor(in_channels_last(residual->to(c.dtype))) : std::nullopt;
   // A map of one channel and one pixel has no strides that say channels_last.
-  if (!onednn_serves(c.dtype) || x.numel() == 0 || output_format(x) != kLast ||
-      weight.size(0) == 1) {
+  if (!onednn_serves(c.dtype) || x.numel() == 0 ||
+      output_format(x) != at::MemoryFormat::ChannelsLast || weight.size(0) == 1) {
     return as_asked(unfolded(x, r, c, relu));
   }
   if (is_tiny(x, weight, geometry)) {
@@ -221,6 +244,38 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
     if (exact.isnan().any().item<bool>()) return as_asked(exact);
   }
   return as_asked(y);
+}
+
+at::Tensor conv_bn_relu_pool(const at::Tensor& input, const at::Tensor& weight,
+                             const OptionalTensor& bias, const at::Tensor& running_mean,
+                             const at::Tensor& running_var, const OptionalTensor& bn_weight,
+                             const OptionalTensor& bn_bias, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             double eps, at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                             at::IntArrayRef pool_padding) {
+  check_activation(input, "input", at::kCPU);
+  const ConvBn c{weight,
+                 bias,
+                 running_mean,
+                 running_var,
+                 bn_weight,
+                 bn_bias,
+                 check_geometry(stride, padding, dilation, groups),
+                 eps,
+                 at::kFloat};
+  check_conv_bn(input, std::nullopt, c);
+  const auto pool =
+      check_pool(pool_kernel, pool_stride, pool_padding, output_size(input, weight, c.geometry));
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const auto algorithm = own_algorithm(input, weight, c.geometry);
+  if (is_own(algorithm)) {
+    return convolve_own(input, std::nullopt, c, algorithm, /*relu=*/true, &pool)
+        .contiguous(conv_format(input, weight));
+  }
+  const auto y = conv_bn_relu(input, weight, bias, std::nullopt, running_mean, running_var,
+                              bn_weight, bn_bias, stride, padding, dilation, groups, eps,
+                              /*relu=*/true);
+  return at::max_pool2d(y, pool.kernel, pool.stride, pool.padding);
 }
 
 }  // namespace fastres::cpu

@@ -11,8 +11,9 @@ namespace fastres::cpu {
 // `beside` is called by every thread for its part of [0, K), whatever there is to do for each
 // filter.
 template <typename T>
-bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands,
-              c10::function_ref<void(Range)> beside);
+bool run_conv(
+    const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperands<T>& operands,
+    c10::function_ref<void(Range)> beside = [](Range) {});
 
 // Output channels of a panel of packed filters.
 int64_t conv_panel();

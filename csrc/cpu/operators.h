@@ -61,4 +61,18 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                         double eps, bool relu);
 
+// max_pool2d(conv_bn_relu(...), pool_kernel, pool_stride, pool_padding)
+at::Tensor conv_bn_relu_pool(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const at::Tensor& running_mean,
+                             const at::Tensor& running_var,
+                             const std::optional<at::Tensor>& bn_weight,
+                             const std::optional<at::Tensor>& bn_bias, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             double eps, at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                             at::IntArrayRef pool_padding);
+
+// linear(mean(input, {2, 3}), weight, bias)
+at::Tensor mean_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias);
+
 }  // namespace fastres::cpu

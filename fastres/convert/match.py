@@ -1,19 +1,21 @@
 """Fusable patterns in a traced forward, and why the rest is none.
 
 The patterns are ``[convolution ->] batch norm [-> identities] [-> addition] [-> ReLU]`` and
-``addition -> ReLU``. A fused call stands where its last node stood; it computes the same only if
-every value inside is used once, and if nothing in between changes what the call reads.
+``addition -> ReLU``; in eval also ``convolution ... ReLU -> max-pool`` and those of :mod:`.heads`.
+A fused call stands where its last node stood; it computes the same only if every value inside is
+used once, and if nothing in between changes what the call reads.
 """
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .. import sites
+from .. import sites, stems
+from . import heads
 from .effects import Effects
 from .swap import original_class
 from .trace import IN_PLACE_OPERATORS, Trace
@@ -42,17 +44,22 @@ class Match:
     act: object = None
     bn_has_relu: bool = False
     in_place: bool = False
+    pool: str | None = None
+
+    @property
+    def has_relu(self) -> bool:
+        return self.act is not None or self.bn_has_relu
 
     @property
     def kind(self) -> str:
-        relu = self.act is not None or self.bn_has_relu
-        parts = [("conv", self.conv), ("bn", self.bn), ("add", self.residual), ("relu", relu)]
-        return "_".join(name for name, there in parts if there)
+        parts = {"conv": self.conv, "bn": self.bn, "add": self.residual, "relu": self.has_relu}
+        return "_".join(name for name, there in (parts | {"pool": self.pool}).items() if there)
 
     @property
     def modules(self) -> tuple[str, ...]:
         acts = (self.act,) if isinstance(self.act, str) else ()
-        return tuple(p for p in (self.conv, self.bn, *self.via, *acts) if p is not None)
+        paths = (self.conv, self.bn, *self.via, *acts, self.pool)
+        return tuple(path for path in paths if path is not None)
 
 
 @dataclass
@@ -81,6 +88,10 @@ class _Finder:
         for node in self.nodes:
             if node not in self.taken and self.is_bn(node):
                 self.first_safe(node, self.chains(node))
+        if not self.traced.training:
+            self.result.found = [self.with_pool(match) for match in self.result.found]
+        for node in self.nodes:
+            self.first_safe(node, heads.ending_in(node, self.traced))
         self.result.found.sort(key=lambda match: self.place[match.nodes[-1]])
         for node in self.nodes:
             if node not in self.taken and (reason := self.why_alone(node)):
@@ -172,6 +183,18 @@ class _Finder:
             )  # fmt: skip
         if stretch or has_relu:
             yield Match([end, *via], input, None, end.target, paths, bn_has_relu=has_relu)
+
+    def with_pool(self, match: Match) -> Match:
+        """A stem with the max-pool behind it, where that is its only user."""
+        last = match.nodes[-1]
+        if match.conv is None or match.residual is not None or not match.has_relu:
+            return match
+        for pool in last.users if _used_once(last) else ():
+            module = self.traced.module(pool)
+            if module is not None and not stems.why_not_pool(module) and _unary(pool):
+                longer = replace(match, nodes=[*match.nodes, pool], pool=pool.target)
+                return longer if self.is_safe(longer) else match
+        return match
 
     def why_not_conv(self, node: Node) -> str:
         reason = sites.why_not_conv(self.traced.module(node)) or _why_not_unary(node)

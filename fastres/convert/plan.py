@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .. import sites
-from . import calls, match, region
+from .. import sites, stems
+from . import calls, heads, match, region
 from .effects import Effects
 from .purity import Refused, attribute_path, module_path
 from .swap import is_plain_container, original_class
@@ -42,10 +42,12 @@ class Site:
     bn: str | None
     via: tuple[str, ...]
     act: str | None
+    pool: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(p for p in (self.conv, self.bn, *self.via, self.act) if p is not None)
+        paths = (self.conv, self.bn, *self.via, self.act, self.pool)
+        return tuple(path for path in paths if path is not None)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,10 @@ def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict)
         alone[node.target if node.op == "call_module" else node.name] = reason
     replaced: dict[Node, Node] = {}
     for found in matches.found:
-        _replace(traced, found, replaced)
+        replace = _replace_head if isinstance(found, heads.Head) else _replace
+        replace(traced, found, replaced)
     made = tuple(
-        Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None)
+        Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None, m.pool)
         for m in matches.found
     )
     run, holds = _generate(module, traced)
@@ -191,10 +194,26 @@ def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> N
         elif found.conv is None:
             target = calls.bn_add_act if added else sites.bn_act
             call = graph.call_function(target, (input, bn, act, residual), rest)
+        elif found.pool is not None:
+            arguments = (input, get(found.conv), bn, act, get(found.pool))
+            call = graph.call_function(stems.conv_bn_act_pool, arguments, rest)
         else:
             target = calls.conv_bn_add_act if added else sites.conv_bn_act
             arguments = (input, get(found.conv), bn, act, residual)
             call = graph.call_function(target, arguments, rest)
+    _put(graph, call, found, replaced)
+
+
+def _replace_head(traced: Trace, head: heads.Head, replaced: dict[Node, Node]) -> None:
+    graph, input = traced.graph, replaced.get(head.input, head.input)
+    with graph.inserting_before(head.nodes[-1]):
+        *pooling, fc = (graph.create_node("get_attr", path) for path in head.via)
+        call = graph.call_function(head.call(), (input, _Name("self"), tuple(pooling), fc))
+    _put(graph, call, head, replaced)
+
+
+def _put(graph, call: Node, found: match.Match | heads.Head, replaced: dict[Node, Node]) -> None:
+    last = found.nodes[-1]
     replaced[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(found.nodes):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import sites
+from .. import heads, sites, stems
 from ..backend import serving
 from .plan import Mode, Plan, Site, build
 from .swap import is_candidate, is_converted, original_class, refresh
@@ -23,9 +23,9 @@ class Row:
     """One site.
 
     Attributes: ``path`` of the module whose forward holds it ("" for the model itself); ``kind``,
-    such as "conv_bn_add_relu" or, for a module on its own, "conv", "bn" or "relu"; the paths of the
-    ``modules`` that take part; ``served_by``, a backend's name; ``reason`` why it is left alone, ""
-    where it is fused.
+    such as "conv_bn_add_relu" or "mean_linear" or, for a module on its own, "conv", "bn" or "relu";
+    the paths of the ``modules`` that take part; ``served_by``, a backend's name; ``reason`` why it
+    is left alone, "" where it is fused.
     """
 
     path: str
@@ -121,6 +121,8 @@ class _Summariser:
         device = tensors[0].device if tensors else torch.device("cpu")
         folded = kind.startswith("conv") and not modules[0].training
         operator = "conv_bn_relu" if folded else "bn_relu" if "bn" in kind else "add_relu"
+        if kind in (heads.KIND, stems.KIND):
+            operator = kind
         return serving(operator, device)
 
     # --- owners of sites -------------------------------------------------------------------------
@@ -149,11 +151,19 @@ class _Summariser:
     def add_site(self, module: nn.Module, path: str, site: Site, reason: str) -> None:
         """A site, as the calls of :mod:`fastres.sites` would find it now."""
         kind, modules = site.kind, [module.get_submodule(inner) for inner in site.modules]
+        if site.pool is not None:
+            *unpooled, pool = modules
+            if stems.why_not_pool(pool) or any(map(_why_not, unpooled)):
+                kind, modules = kind.removesuffix("_pool"), unpooled
+            else:
+                self.add(path, kind, modules, reason)
+                return
         if site.conv and (conv_reason := sites.why_not_conv(modules[0])) and not reason:
             self.add(path, "conv", modules[:1], conv_reason)
             kind, modules = kind.removeprefix("conv_"), modules[1:]
         rest = [m for m in modules if not (site.conv and m is modules[0] and "conv" in kind)]
-        reasons = filter(None, (_why_not(m) for m in rest))
+        why_not = heads.why_not if kind == heads.KIND else _why_not
+        reasons = filter(None, map(why_not, rest))
         self.add(path, kind, modules, reason or next(reasons, ""))
 
     def add_alone(self, module: nn.Module, path: str, mode: Mode) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, sites
 from ..memory_format import fastest
 from .common import convolve, stem_convolution, stem_pooling
 from .registry import register_depths
@@ -144,6 +144,9 @@ class DenseNet(nn.Module):
             if name not in ("conv0", "norm0", "relu0", "norm5"):
                 x = module(x)
         x = sites.bn_act(x, features.norm5, self.relu)
+        logits = heads.mean_linear(x, (), self.classifier)
+        if logits is not None:
+            return logits
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, sites
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
@@ -157,7 +157,7 @@ class PreActResNet(nn.Module):
         for stage in self.stages[1:-1]:
             x = self._modules[stage](x)
         x = sites.bn_act(x, self.bn, self.relu)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return heads.classify(x, self.avgpool, self.fc)
 
 
 _LAYERS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}

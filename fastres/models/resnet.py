@@ -6,10 +6,9 @@ He, Zhang, Ren, Sun 2015, "Deep Residual Learning for Image Recognition", table 
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, stems
 from ..memory_format import fastest
 from ..nn import BasicBlock, Bottleneck
 from .common import initialise, stem_convolution, stem_pooling
@@ -92,12 +91,10 @@ class ResNet(nn.Module):
         return nn.Sequential(*stage)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = sites.conv_bn_act(fastest(x), self.conv1, self.bn1, self.relu)
-        if self.maxpool is not None:
-            x = self.maxpool(x)
+        x = stems.conv_bn_act_pool(fastest(x), self.conv1, self.bn1, self.relu, self.maxpool)
         for stage in self.stages[1:-1]:
             x = self._modules[stage](x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return heads.classify(x, self.avgpool, self.fc)
 
 
 def resnet18(**options) -> ResNet:

@@ -3,10 +3,9 @@
 Its residual block has biased convolutions and a bare 1x1 convolution as its projection.
 """
 
-import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import heads, sites, stems
 from ..memory_format import fastest
 from ..residual import Residual, end, end_without_branch
 from .registry import register
@@ -66,7 +65,7 @@ class TeachingResNet(nn.Module):
         x = fastest(x)
         for stage in self.stages[:-1]:
             x = self._modules[stage](x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return heads.classify(x, self.avgpool, self.fc)
 
 
 class Stem(nn.Module):
@@ -80,7 +79,7 @@ class Stem(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.maxpool(sites.conv_bn_act(x, self.conv, self.bn, self.relu))
+        return stems.conv_bn_act_pool(x, self.conv, self.bn, self.relu, self.maxpool)
 
 
 def teaching_resnet18(**options) -> TeachingResNet:
