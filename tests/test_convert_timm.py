@@ -48,7 +48,9 @@ def test_timm_model(name):
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
     converted = assert_whole_model_agrees(model, torch.randn(2, 3, 33, 40))
-    assert kinds(converted).keys() == SITES[name].keys()
+    assert kinds(converted.train()).keys() == SITES[name].keys()
+    convolutional = name == "resnetv2_50"  # its last layer
+    assert ("mean_linear" in kinds(converted.eval())) != convolutional
 
 
 def test_what_does_not_fit_is_kept_with_the_reason():

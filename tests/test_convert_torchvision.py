@@ -159,9 +159,15 @@ def test_detector_up_to_its_regions():
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: models.vgg11_bn(num_classes=5).features, {"conv_bn_relu": 8}),
+        (
+            lambda: models.vgg11_bn(num_classes=5).features,
+            {"conv_bn_relu": 3, "conv_bn_relu_pool": 5},
+        ),
         (lambda: models.mobilenet_v2(width_mult=0.25), {"conv_bn": 52}),
-        (lambda: models.DenseNet(8, (2, 2, 2, 2)), {"conv_bn_relu": 1, "bn_relu": 4}),
+        (
+            lambda: models.DenseNet(8, (2, 2, 2, 2)),
+            {"conv_bn_relu_pool": 1, "bn_relu": 4, "mean_linear": 1},
+        ),
     ],
     ids=["vgg", "mobilenet", "densenet"],
 )

@@ -151,7 +151,8 @@ def test_every_batch_norm_is_fused(one_thread):
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     block = ["bn_relu", "conv_bn_relu", "conv_bn_relu"]
     bare = ["conv_bn_relu"]  # a convolution that no batch norm follows
-    assert calls.names == [*bare, *(block + bare * 2) * 3, "bn_relu"] and norms == 10
+    ends = ["bn_relu", "mean_linear"]
+    assert calls.names == [*bare, *(block + bare * 2) * 3, *ends] and norms == 10
 
 
 def test_dropout_between_the_convolutions(one_thread):

@@ -16,6 +16,7 @@
 #include "capability.h"
 #include "conv_arguments.h"
 #include "conv_fold_cache.h"
+#include "conv_pack.h"
 #include "conv_pool.h"
 #include "conv_run.h"
 #include "invalid_flag.h"
@@ -137,6 +138,17 @@ void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& 
     }
   };
   if (!run(algorithm)) run(ConvAlgorithm::kDirect);
+}
+
+// Whether packed filters stay in a core's cache: each band of a pooled convolution reads them anew.
+bool are_few(const at::Tensor& weight, ConvAlgorithm algorithm) {
+  constexpr int64_t kFew = 128 * 1024;
+  FilterView filters{};
+  filters.k = weight.size(0);
+  filters.c = weight.size(1);
+  filters.r = weight.size(2);
+  filters.s = weight.size(3);
+  return packed_values(filters, algorithm) <= kFew;
 }
 
 // c.dtype is float32, whatever the activations are. The pool may be null.
@@ -268,7 +280,7 @@ at::Tensor conv_bn_relu_pool(const at::Tensor& input, const at::Tensor& weight,
       check_pool(pool_kernel, pool_stride, pool_padding, output_size(input, weight, c.geometry));
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto algorithm = own_algorithm(input, weight, c.geometry);
-  if (is_own(algorithm)) {
+  if (is_own(algorithm) && are_few(weight, algorithm)) {
     return convolve_own(input, std::nullopt, c, algorithm, /*relu=*/true, &pool)
         .contiguous(conv_format(input, weight));
   }
