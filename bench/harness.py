@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres import compare, timing
+from fastres.training.memory import peak_bytes
 
 BUDGET = 0.4  # seconds of timing a test, within these limits:
 ROUNDS = (7, 300)
@@ -269,6 +270,9 @@ class Comparison:
             "flops": prepared.flops,
             "bytes": case.traffic and case.traffic * case.dtype.itemsize,
         }
+        if case.model and case.train:
+            for name, run in (("", call.call), ("eager_", prepared.eager.call)):
+                figures[f"{name}peak_bytes"] = peak_bytes(run, torch.device("cpu"))
         if "fastres" in seconds:
             figures["fastres_ratio"] = timing.ratios(measured, seconds["fastres"])
         return figures

@@ -171,21 +171,29 @@ def losses(benchmarks: list[dict]) -> str:
 
 
 def family_table(cases: dict[str, dict[str, dict]]) -> str:
-    """One row a case; beside the ratios, fastres over each competitor where they ran interleaved."""
+    """One row a case; beside the ratios, fastres over each competitor where they ran interleaved,
+    and the memory that a training step adds at its peak."""
     providers = list(dict.fromkeys(name for found in cases.values() for name in found))
     against = [
         name for name in providers
         if any("fastres_ratio" in found.get(name, {}) for found in cases.values())
     ]  # fmt: skip
+    weighed = [
+        name for name in providers
+        if any("peak_bytes" in found.get(name, {}) for found in cases.values())
+    ]  # fmt: skip
     rows = []
     for case, found in cases.items():
-        eager = next(iter(found.values()))["eager_seconds"]["median"]
+        first = next(iter(found.values()))
+        eager = first["eager_seconds"]["median"]
         ratios = [_cell(found.get(name), "ratio") for name in providers]
         faster = [_cell(found.get(name), "fastres_ratio") for name in against]
-        rows.append((case, f"{eager * 1e3:.3f}", *ratios, *faster))
-    return pipe_table(
-        ("case", "eager ms", *providers, *(f"fastres over {name}" for name in against)), rows
-    )
+        peaks = [_mebibytes(first, "eager_peak_bytes")] if weighed else []
+        peaks += [_mebibytes(found.get(name), "peak_bytes") for name in weighed]
+        rows.append((case, f"{eager * 1e3:.3f}", *ratios, *faster, *peaks))
+    header = ["case", "eager ms", *providers, *(f"fastres over {name}" for name in against)]
+    header += [f"MiB of {name}" for name in ("eager's step", *weighed)] if weighed else []
+    return pipe_table(header, rows)
 
 
 def start_table(entries: list[dict]) -> str:
@@ -200,6 +208,10 @@ def start_table(entries: list[dict]) -> str:
 
 def _cell(entry: dict | None, key: str) -> str:
     return f"{entry[key]['median']:.2f}" if entry and key in entry else ""
+
+
+def _mebibytes(entry: dict | None, key: str) -> str:
+    return f"{entry[key] / 2**20:.0f}" if entry and key in entry else ""
 
 
 def pipe_table(header, rows) -> str:

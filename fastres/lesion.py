@@ -76,17 +76,25 @@ def one_by_one(model: nn.Module, score: Score) -> list[Deletion]:
 def at_random(
     model: nn.Module, score: Score, counts: Sequence[int], repeats: int = 3, seed: int = 0
 ) -> list[Deletion]:
-    """``score()`` without so many blocks as each of ``counts`` says, drawn ``repeats`` times."""
+    """``score()`` without so many blocks as each of ``counts`` says: ``repeats`` sets of them."""
     blocks, rows = deletable(model), []
     draw = random.Random(seed)
     for count in counts:
         if not 0 <= count <= len(blocks):
             raise ValueError(f"counts: expected at most {len(blocks)} blocks, got {count}")
-        for _ in range(repeats if 0 < count < len(blocks) else 1):
-            names = draw.sample(sorted(blocks), count)
+        for names in _drawn(draw, sorted(blocks), count, repeats):
             with without(blocks[name] for name in names):
                 rows.append(Deletion(count, " ".join(names), score()))
     return rows
+
+
+def _drawn(draw: random.Random, items: Sequence, count: int, repeats: int) -> list[list]:
+    """``repeats`` different sets of ``count`` items, or all there are where those are fewer."""
+    sets: dict[frozenset, list] = {}
+    while len(sets) < min(repeats, math.comb(len(items), count)):
+        chosen = draw.sample(items, count)
+        sets.setdefault(frozenset(chosen), chosen)
+    return list(sets.values())
 
 
 @contextmanager
@@ -120,9 +128,9 @@ def gradient_by_path_length(
 ) -> list[PathLength]:
     """Norm of the loss's gradient at the images by the length of its path (section 4.2 there).
 
-    For every length k (or those in ``lengths``), ``samples`` sets of k blocks are drawn; the
-    network is in eval mode. Paths are binomially distributed, and most of the gradient comes along
-    the short ones.
+    For every length k (or those in ``lengths``), ``samples`` different sets of k blocks are drawn;
+    the network is in eval mode. Paths are binomially distributed, and most of the gradient comes
+    along the short ones.
     """
     blocks = residual_blocks(model)
     if not blocks or not all(block.has_shortcut for block in blocks):
@@ -134,10 +142,9 @@ def gradient_by_path_length(
     model.eval()
     try:
         for length in lengths:
-            repeats = samples if 0 < length < count else 1
             norms = [
-                _gradient(model, images, labels, blocks, draw.sample(blocks, length))
-                for _ in range(repeats)
+                _gradient(model, images, labels, blocks, through)
+                for through in _drawn(draw, blocks, length, samples)
             ]
             means.append(sum(norms) / len(norms))
     finally:

@@ -111,6 +111,29 @@ def test_report_of_first_calls_and_memory(raw, tmp_path):
     assert not (folder / "start.png").exists()
 
 
+def test_report_of_a_training_steps_memory(raw, tmp_path):
+    raw = copy.deepcopy(raw)
+    raw["benchmarks"] = raw["benchmarks"][:1]
+    raw["benchmarks"][0]["extra_info"] |= {
+        "case": "net", "provider": "fastres-cpu", "peak_bytes": 3 << 20, "eager_peak_bytes": 5 << 20,
+    }  # fmt: skip
+    text = (report(raw, tmp_path) / "results.md").read_text()
+    header, _, row = text.split("## overhead\n\n")[1].splitlines()
+    assert header.endswith("| MiB of eager's step | MiB of fastres-cpu |")
+    assert row.startswith("| net |") and row.endswith("| 5 | 3 |")
+
+
+def test_losses_of_a_run_are_averaged(bench, tmp_path):
+    rows = [f"{step},{step},{2 * step}" for step in range(1, 6)]
+    (tmp_path / "steps.csv").write_text("\n".join(["iteration,fastres,eager", *rows]))
+    steps = bench("steps")
+    losses = steps.read(tmp_path)
+    assert losses == {"fastres": [1, 2, 3, 4, 5], "eager": [2, 4, 6, 8, 10]}
+    assert steps.averages(losses["eager"], 2) == [(2, 3.0), (4, 7.0)]
+    steps.main(str(tmp_path / "losses.png"), "2", str(tmp_path))
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_report_without_measurements_says_so(tmp_path):
     file = tmp_path / "raw.json"
     file.write_text(json.dumps({"benchmarks": [], "machine_info": {}, "datetime": "2026-01-01"}))

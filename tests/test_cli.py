@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 
@@ -269,6 +271,20 @@ def test_python_m_fastres():
         [sys.executable, "-m", "fastres", "--version"], capture_output=True, text=True, check=True
     )
     assert shown.stdout == f"fastres {fastres.__version__}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_nobody_has_to_read_the_output_to_its_end(unbuffered):
+    """``fastres table | head`` ends as ``yes | head`` does."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastres", "table", "cifar_resnet8", "--rounds", "1"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, check=False, stdout=write, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def test_scores_one_by_one_and_at_random():
         assert 63 - row.score == sum(2 ** list(blocks).index(name) for name in names)
     assert rows == lesion.at_random(model, score, [0, 2, 6], repeats=4, seed=1)
     assert rows != lesion.at_random(model, score, [0, 2, 6], repeats=4, seed=2)
+    every = lesion.at_random(model, score, [1, 4], repeats=10)
+    assert len({row.score for row in every}) == 6 + 10, "no set comes twice"
     with pytest.raises(ValueError, match="counts: expected at most 6 blocks, got 7"):
         lesion.at_random(model, score, [7])
 

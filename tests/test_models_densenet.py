@@ -67,9 +67,54 @@ def test_inference_copies_every_channel_once(one_thread):
         block(x)
     written = [e.name for e in profile.events() if e.name in ("aten::cat", "aten::copy_")]
     assert len(written) == 7, "the block's input, and each layer's channels"
-    recorded = block(x)  # with a graph: concatenated layer by layer
-    assert recorded.requires_grad
-    torch.testing.assert_close(output, recorded.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output, _copied(block, x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_keeps_every_channel_once(one_thread):
+    block = fastres.models.DenseNet(8, (6,), 16, num_classes=2).features.denseblock1
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    kept = fastres.models.measure.activation_bytes(block, x)
+    read = [16 + 8 * index for index in range(6)]  # channels, by layer
+    # the common buffer; the batch norms' outputs, and the input of the second of each layer
+    channels = 64 + sum(read) + 6 * 2 * 32
+    statistics = 2 * 4 * (sum(read) + 6 * 32)
+    assert kept == channels * 2 * 8 * 8 * 4 + statistics
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_training_in_one_buffer_has_the_gradients_of_copies(one_thread, layout):
+    block = fill(fastres.models.DenseNet(5, (4,), 7, num_classes=2).double()).features.denseblock1
+    x = torch.randn(3, 7, 5, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    grad = torch.randn(3, 27, 5, 4, dtype=torch.float64)
+    wanted = (x, *block.parameters())
+    output = block(x)
+    gradients = torch.autograd.grad(output, wanted, grad)
+    expected = _copied(block, x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, wanted, grad))
+
+
+def test_derivatives_of_a_block(one_thread):
+    """By differences, and once more of the gradients: batch norm in eval, without kinks near 0."""
+    block = fill(fastres.models.DenseNet(2, (2,), 3, num_classes=2).double()).features.denseblock1
+    block.eval()
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(block, x)
+    torch.autograd.gradgradcheck(block, x)
+    forward = torch.func.jvp(block, (x.detach(),), (torch.ones_like(x),))[1]
+    twice_back = torch.autograd.functional.jvp(block, x, torch.ones_like(x))[1]
+    torch.testing.assert_close(forward, twice_back)
+
+
+def test_a_block_under_autocast_keeps_the_types_of_copies(one_thread):
+    block = fill(fastres.models.DenseNet(5, (3,), 7, num_classes=2)).features.denseblock1
+    x = torch.randn(2, 7, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = block(x), _copied(block, x)
+    assert output.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=5e-2, atol=5e-2)
+    output.sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

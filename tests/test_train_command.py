@@ -60,6 +60,12 @@ def test_trained_evaluated_and_gone_on(capsys, data, tmp_path):
         capsys, "evaluate", "learning:Net", "--checkpoint", file, "--data", data
     )  # fmt: skip
     assert status == 0 and f"{100 * accuracy:.2f} % of 24 images right" in out
+    for arguments, images in (((), 60), (("--limit", 10), 10)):
+        status, out, _ = run(
+            capsys, "evaluate", "learning:Net", "--checkpoint", file, "--data", data,
+            "--split", "train", *arguments,
+        )  # fmt: skip
+        assert status == 0 and f" % of {images} images right" in out
 
     status, _, err = train(capsys, data, tmp_path / "run", "--epochs", 8, "--compare", "eager")
     assert status == 2 and "holds a checkpoint: go on from it with --resume" in err

@@ -36,6 +36,15 @@ def test_arrays_and_a_tree_hold_the_same_pictures(tmp_path):
         assert np.array_equal(np.asarray(from_arrays[place][0]), pixels[place])
 
 
+def test_some_images_are_of_all_classes(tmp_path):
+    _, test = open_data(write_tree(tmp_path))
+    assert list(test.labels) == sorted(test.labels), "a tree's order"
+    some = test.some(4)
+    labels = [some[place][1] for place in range(len(some))]
+    assert labels == list(test.labels)[::3] and len(set(labels)) >= 3
+    assert len(test.some(10**6)) == len(test)
+
+
 def test_some_classes_are_numbered_in_the_order_named(tmp_path):
     whole, _ = open_data(write_tree(tmp_path))
     some, test = open_data(tmp_path, ("c", "0"))

@@ -1,4 +1,4 @@
-"""``fastres evaluate MODEL --checkpoint FILE --data DIR``: accuracy on the test images."""
+"""``fastres evaluate MODEL --checkpoint FILE --data DIR``: accuracy on labelled images."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from ..training.distributed import ALONE
 from ..training.evaluation import Score, evaluate
 from ..training.loading import OrderedBatches, Prepared, loader
 from ..training.settings import DTYPES
-from .common import MODEL_HELP, UserError
+from .common import MODEL_HELP, UserError, positive
 from .model import build_classifier
 from .recipe import (
     add_recipe_options,
@@ -26,7 +26,7 @@ from .recipe import (
 
 @dataclasses.dataclass
 class Trained:
-    """A model with trained weights, and the test images: what is evaluated, and taken apart."""
+    """A model with trained weights, and images: what is evaluated, and taken apart."""
 
     model: nn.Module
     images: Prepared
@@ -34,10 +34,8 @@ class Trained:
     settings: Settings
     classes: int
 
-    def score(self, limit: int | None = None) -> Score:
-        """Of the first ``limit`` test images, or of all."""
-        count = min(limit or len(self.images.images), len(self.images.images))
-        batches = OrderedBatches(count, self.recipe.batch, ALONE)
+    def score(self) -> Score:
+        batches = OrderedBatches(len(self.images.images), self.recipe.batch, ALONE)
         data = loader(self.images, batches, self.settings.workers, self.settings.device == "cuda")
         return evaluate(self.model, data, self.settings, self.classes)
 
@@ -57,6 +55,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="as for fastres train"
+    )
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test",
+        help="which of the images, prepared as for a test (default: test)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="images, at even distances (default: all)"
     )
     parser.add_argument(
         "--model-options", nargs="+", default=[], metavar="NAME=VALUE", help="such as stem=cifar"
@@ -84,7 +89,9 @@ def open_trained(options: argparse.Namespace) -> Trained:
     state = checkpoints.load(options.checkpoint)
     identity = state.get("identity", {})
     recipe = read_recipe(options, _recipe(options.recipe, identity))
-    images = open_split(options.data, "test", recipe.classes)
+    images = open_split(options.data, options.split, recipe.classes)
+    if options.limit:
+        images = images.some(options.limit)
     classes = len(images.classes)
     model = _model(options, state, identity, recipe, settings, classes)
     return Trained(model, Prepared(images, recipe, False, settings.seed), recipe, settings, classes)

@@ -11,7 +11,7 @@ from .. import lesion
 from ..lesion import Deletion, PathLength
 from ..training import TrainingError
 from ..training.distributed import ALONE
-from ..training.loading import OrderedBatches, loader
+from ..training.loading import OrderedBatches, Prepared, loader
 from .common import UserError, positive
 from .evaluate import Trained, add_options, open_trained
 
@@ -32,7 +32,6 @@ def add_parser(commands) -> None:
         "--plain", nargs=2, metavar=("MODEL", "FILE"),
         help="a plain network and its checkpoint, to be studied beside",
     )  # fmt: skip
-    parser.add_argument("--limit", type=positive, metavar="N", help="test images (default: all)")
     parser.add_argument("--repeats", type=positive, default=3, help="draws of k blocks (default 3)")
     parser.add_argument(
         "--counts", type=positive, nargs="+", metavar="K",
@@ -81,7 +80,7 @@ def _study(name: str, trained: Trained, options: argparse.Namespace) -> Study:
     counts = options.counts or sorted({*(2**i for i in range(10) if 2**i < half), half} - {0})
 
     def score() -> float:
-        return trained.score(options.limit).accuracy
+        return trained.score().accuracy
 
     seed = trained.settings.seed
     return Study(
@@ -93,11 +92,12 @@ def _study(name: str, trained: Trained, options: argparse.Namespace) -> Study:
 
 
 def _paths(trained: Trained, samples: int, seed: int) -> list[PathLength]:
-    """Of one batch of at most 32 test images; none for a plain network."""
+    """Of one batch of at most 32 images; none for a plain network."""
     if not all(block.has_shortcut for block in lesion.residual_blocks(trained.model)):
         return []
-    batches = OrderedBatches(min(len(trained.images.images), 32), 32, ALONE)
-    batch = next(iter(loader(trained.images, batches, 0, False)))
+    some = trained.images.images.some(32)
+    prepared = Prepared(some, trained.recipe, False, seed)
+    batch = next(iter(loader(prepared, OrderedBatches(len(some), 32, ALONE), 0, False)))
     images = trained.settings.place(batch.images)
     labels = batch.labels.to(images.device)
     return lesion.gradient_by_path_length(trained.model, images, labels, samples, seed)

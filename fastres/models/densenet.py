@@ -1,10 +1,11 @@
 """DenseNet: every layer sees the concatenation of all before it.
 
 Huang, Liu, van der Maaten, Weinberger 2017, "Densely Connected Convolutional Networks", table 1
-(the BC form). Names as ``torchvision.models.densenet``, but two things are done another way. In
-inference a block's layers write their channels into one buffer and read the first of it, instead of
-copying all of them once a layer. A transition pools before its 1x1 convolution, which commutes with
-it and has a quarter of the work then.
+(the BC form). Names as ``torchvision.models.densenet``, but two things are done another way. A
+block's layers write their channels into one buffer and read the first of it, instead of copying, and
+in training keeping, all of them once a layer. (Where PyTorch's own batch norm serves, which is slower
+on a part of the channels, they are concatenated.) A transition pools before its 1x1 convolution, which
+commutes with it and has a quarter of the work then.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import heads, sites
+from ..backend import serving
 from ..memory_format import fastest
 from .common import convolve, stem_convolution, stem_pooling
 from .registry import register_depths
@@ -54,24 +56,54 @@ class DenseBlock(nn.ModuleDict):
             self[f"denselayer{index + 1}"] = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or serving("bn_relu", x.device) == "eager":
             for layer in self.values():
                 x = torch.cat((x, layer(x)), 1)
             return x
-        return self._in_one_buffer(x)
+        buffer = self._buffer(x)
+        x = _append(buffer, None, x)
+        for layer in self.values():
+            x = _append(buffer, x, layer(x))
+        return x
 
-    def _in_one_buffer(self, x: Tensor) -> Tensor:
+    def _buffer(self, x: Tensor) -> Tensor:
+        """Room for the block's output, in the memory format of its input ``x``."""
         n, channels, height, width = x.shape
         size = (n, channels + len(self) * self.growth_rate, height, width)
         last = x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        buffer = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
-        buffer[:, :channels] = x
-        for layer in self.values():
-            end = channels + self.growth_rate
-            buffer[:, channels:end] = layer(buffer[:, :channels])
-            channels = end
-        return buffer
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _append(buffer: Tensor, x: Tensor | None, new: Tensor) -> Tensor:
+    """``torch.cat((x, new), 1)``, ``x`` being what this returned last for ``buffer``: None at first."""
+    if torch.is_grad_enabled():
+        return _Append.apply(buffer, x, new)
+    start = 0 if x is None else x.size(1)
+    end = start + new.size(1)
+    buffer[:, start:end] = new
+    return buffer[:, :end]
+
+
+class _Append(torch.autograd.Function):
+    """:func:`_append` with its gradients, which are parts of the output's.
+
+    Backward reads ``x`` as it was, and it still is: what is written lies behind it. Autograd, which
+    takes any write to a tensor's memory for a change, is not told: ``buffer.data`` and what is made
+    of it count their changes apart.
+    """
+
+    @staticmethod
+    def forward(ctx, buffer: Tensor, x: Tensor | None, new: Tensor) -> Tensor:
+        ctx.start = 0 if x is None else x.size(1)
+        ctx.dtype = new.dtype
+        with torch.no_grad():
+            return _append(buffer.data, x, new)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor]:
+        old = grad[:, : ctx.start] if ctx.start else None
+        return None, old, grad[:, ctx.start :].to(ctx.dtype)
 
 
 class Transition(nn.Module):

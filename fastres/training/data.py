@@ -51,6 +51,13 @@ class Images:
         picture, _ = self.source[self.chosen[index]]
         return picture, int(self.labels[index])
 
+    def some(self, count: int) -> "Images":
+        """``count`` of them, or all, at even distances: they may lie in the order of their classes."""
+        count = min(count, len(self))
+        kept = [index * len(self) // count for index in range(count)]
+        chosen, labels = ([values[i] for i in kept] for values in (self.chosen, self.labels))
+        return Images(self.source, chosen, labels, self.classes)
+
     def only(self, classes: Sequence[str]) -> "Images":
         """Those of ``classes`` (names, or numbers as text), labelled in this order."""
         places = [self._place(name) for name in classes]
