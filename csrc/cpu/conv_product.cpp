@@ -25,18 +25,18 @@ bool is_intel() {
 // Pixels of the output up to which products are ahead. Measured in float32 on a Xeon and on Zen 4,
 // where MKL's are behind by 4 to 10 % at 1568 pixels; in bfloat16, where the product is oneDNN's,
 // too, on Zen 4: a ResNet-50's last maps of 8 images, 392 pixels, take 0.40 to 0.96 of the
-// convolution's time, and the weight's gradient 0.85 at 1568.
-int64_t most_pixels(at::ScalarType dtype, Pass pass) {
+// convolution's time. At 1568 the weight's gradient took 0.85 of it by itself, but a block that was
+// trained with it 1.05 of the block's.
+int64_t most_pixels(at::ScalarType dtype) {
   if (dtype == at::kFloat) return is_intel() ? 2048 : 1024;
   const bool measured = dtype == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kVector &&
                         !is_intel() && at::globalContext().userEnabledMkldnn();
-  if (!measured) return 0;
-  return pass == Pass::kWgrad ? 1568 : 512;
+  return measured ? 512 : 0;
 }
 
 // Pixels up to which the weight's gradient is ahead although the taps are gathered first.
 int64_t most_gathered_pixels(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? most_pixels(dtype, Pass::kFprop) : 0;
+  return dtype == at::kBFloat16 ? most_pixels(dtype) : 0;
 }
 
 bool has_one_tap(const at::Tensor& weight, const ConvGeometry& g) {
@@ -85,7 +85,7 @@ bool is_product(const at::Tensor& input, const at::Tensor& weight, const ConvGeo
   const bool one_tap = has_one_tap(weight, g);
   if (!one_tap && pass != Pass::kWgrad) return false;
   const auto size = output_size(input, weight, g);
-  const int64_t most = one_tap ? most_pixels(dtype, pass) : most_gathered_pixels(dtype);
+  const int64_t most = one_tap ? most_pixels(dtype) : most_gathered_pixels(dtype);
   return size[0] * size[2] * size[3] <= most;
 }
 
