@@ -150,3 +150,16 @@ def assert_agrees(
                 if training or layout == torch.contiguous_format:
                     assert formats(a) == formats(b)
     return converted
+
+
+def assert_exports_and_compiles(model: nn.Module, input: Tensor, operator: str) -> None:
+    """A converted model in eval: once by ``operator`` where exported, and in one graph."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(input)
+        exported = torch.export.export(model, (input,))
+        targets = [str(node.target) for node in exported.graph.nodes]
+        assert targets.count(f"fastres.{operator}.default") == 1
+        torch.testing.assert_close(exported.module()(input), expected, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input), expected, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import FLOATS, Calls, assert_close, assert_like_eager, batch_norm_operands, spread
-from converting import assert_agrees, kinds, reasons
+from converting import assert_agrees, assert_exports_and_compiles, kinds, reasons
 from torch import nn
 
 import fastres
@@ -221,14 +221,5 @@ def test_resnets(one_thread, make, dtype):
 
 
 def test_export_and_compile(one_thread):
-    torch._dynamo.reset()
     model = fastres.convert(Stem().eval())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        exported = torch.export.export(model, (x,))
-        targets = [str(node.target) for node in exported.graph.nodes]
-        assert targets.count("fastres.conv_bn_relu_pool.default") == 1
-        torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-4)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    assert_exports_and_compiles(model, torch.randn(1, 3, 64, 64), "conv_bn_relu_pool")

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import Calls, assert_close
-from converting import assert_agrees, kinds, reasons, single_threaded
+from converting import (
+    assert_agrees,
+    assert_exports_and_compiles,
+    kinds,
+    reasons,
+    single_threaded,
+)
 from torch import nn
 
 import fastres
@@ -234,12 +240,4 @@ def test_resnets(make, dtype):
 
 def test_export_and_compile():
     model = fastres.convert(torchvision.models.resnet18(num_classes=10).eval())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        exported = torch.export.export(model, (x,))
-        targets = [str(node.target) for node in exported.graph.nodes]
-        assert targets.count("fastres.mean_linear.default") == 1
-        torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-4)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    assert_exports_and_compiles(model, torch.randn(1, 3, 64, 64), "mean_linear")
