@@ -47,9 +47,11 @@ struct Accumulators {
 
   FASTRES_INLINE Accumulators(const Vec& l, const Vec& r) : above(l, r), left(l), right(r) {}
 
+  // a[row * kStride] times b, in every row.
+  template <int64_t kStride>
   FASTRES_INLINE void add(const float* a, const Vec& b_left, const Vec& b_right) {
-    above.add(a, b_left, b_right);
-    const Vec x(a[(kRows - 1) * kChunk]);
+    above.template add<kStride>(a, b_left, b_right);
+    const Vec x(a[(kRows - 1) * kStride]);
     left = multiply_add(x, b_left, left);
     right = multiply_add(x, b_right, right);
   }
@@ -64,6 +66,7 @@ struct Accumulators {
 template <>
 struct Accumulators<0> {
   FASTRES_INLINE Accumulators(const Vec&, const Vec&) {}
+  template <int64_t kStride>
   FASTRES_INLINE void add(const float*, const Vec&, const Vec&) {}
 
   template <typename F>
@@ -153,7 +156,7 @@ __attribute__((noinline)) void multiply(const Panels& panels, const Prefetch& fo
     for (int64_t j = 0; j < in.depth; j += Panels::kStep) {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < Panels::kStep; ++k, b += kPanel) {
-        sums.add(in.rows + j + k, Vec::loadu(b), Vec::loadu(b + kVec));
+        sums.template add<kChunk>(in.rows + j + k, Vec::loadu(b), Vec::loadu(b + kVec));
       }
     }
   }
