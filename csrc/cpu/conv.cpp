@@ -13,6 +13,7 @@
 #include "conv_pack.h"
 #include "conv_product.h"
 #include "conv_run.h"
+#include "conv_wgrad_direct.h"
 #include "memory.h"
 #include "operators.h"
 #include "pooled.h"
@@ -30,8 +31,8 @@ const float* packed(const FilterView& filters, ConvAlgorithm algorithm) {
   return out;
 }
 
-// What Winograd's kernels and those of groups do faster than oneDNN, and in bfloat16 everything
-// where the processor gains nothing by it; else kAten.
+// What Winograd's kernels, those of groups and those of filters of one tap do faster than oneDNN,
+// and in bfloat16 everything where the processor gains nothing by it; else kAten.
 ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const ConvShape& shape) {
   using enum ConvAlgorithm;
   const auto dtype = x.scalar_type();
@@ -47,7 +48,8 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (dtype != at::kFloat && !bf16) return kAten;
   const auto algorithm =
       choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, bf16});
-  return is_winograd(algorithm) || is_grouped(algorithm) ? algorithm : kAten;
+  const bool own = shape.taps() == 1 || is_winograd(algorithm) || is_grouped(algorithm);
+  return own && is_own(algorithm) ? algorithm : kAten;
 }
 
 template <typename T>
