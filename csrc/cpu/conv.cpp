@@ -13,6 +13,7 @@
 #include "conv_pack.h"
 #include "conv_product.h"
 #include "conv_run.h"
+#include "conv_wgrad_winograd.h"
 #include "memory.h"
 #include "operators.h"
 #include "pooled.h"
@@ -79,6 +80,34 @@ bool follows_weights(const at::Tensor& weight, int64_t activations) {
   constexpr auto kLast = at::MemoryFormat::ChannelsLast;
   return weight.numel() > activations && output_format(weight) != kLast &&
          !weight.is_contiguous(kLast);
+}
+
+template <typename T>
+bool run_wgrad_as(const at::Tensor& dy, const at::Tensor& x, const ConvShape& shape, int64_t m,
+                  const at::Tensor& grad_weight) {
+  return run_winograd_wgrad<T>(
+      shape, m, {x.const_data_ptr<T>(), dy.const_data_ptr<T>(), grad_weight.mutable_data_ptr<T>()});
+}
+
+// By Winograd's tiles of m x m; undefined where a sum was not finite.
+at::Tensor winograd_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                          const ConvShape& shape, int64_t m) {
+  const auto x = in_channels_last(input), dy = in_channels_last(grad_output);
+  const auto grad_weight = empty_last({shape.k, shape.c, shape.r, shape.s}, x);
+  const bool finite = x.scalar_type() == at::kFloat
+                          ? run_wgrad_as<float>(dy, x, shape, m, grad_weight)
+                          : run_wgrad_as<c10::BFloat16>(dy, x, shape, m, grad_weight);
+  return finite ? grad_weight : at::Tensor();
+}
+
+// The m of those that compute the weight's gradient, 0 where something else does.
+int64_t tile_of_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                      const at::Tensor& weight, const ConvGeometry& g) {
+  const auto dtype = input.scalar_type();
+  if (grad_output.scalar_type() != dtype || weight.scalar_type() != dtype) return 0;
+  if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
+  if (grad_output.numel() == 0 || input.numel() == 0) return 0;
+  return choose_winograd_wgrad(shape_of(input, weight, g), dtype == at::kBFloat16);
 }
 
 ConvGeometry geometry_of(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
@@ -175,6 +204,13 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
     const auto grad_weight = product_wgrad(grad_output, input, weight, g);
     return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
   }
+  if (const int64_t m = tile_of_wgrad(grad_output, input, weight, g);
+      m > 0 && output_mask[0] && !output_mask[1]) {
+    const auto grad_weight = winograd_wgrad(grad_output, input, shape_of(input, weight, g), m);
+    if (grad_weight.defined()) {
+      return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
+    }
+  }
   const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
   const auto dtype = widen ? at::kFloat : input.scalar_type();
   const bool follow = follows_weights(weight, grad_output.numel() + input.numel());
@@ -221,6 +257,20 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
       "algorithm: expected direct, direct_bf16, grouped, grouped_bf16, winograd2, winograd4 or "
       "polyphase, got ",
       algorithm);
+}
+
+at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_output,
+                         const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                         int64_t padding) {
+  const auto g = geometry_of(input, weight, stride, padding, /*dilation=*/1);
+  const int64_t m = algorithm == "winograd4" ? 4 : algorithm == "winograd2" ? 2 : 0;
+  TORCH_CHECK_VALUE(m > 0, "algorithm: expected winograd2 or winograd4, got ", algorithm);
+  const auto shape = shape_of(input, weight, g);
+  TORCH_CHECK_VALUE(can_compute_winograd_wgrad(shape), "algorithm: ", algorithm,
+                    " does not compute this convolution");
+  const auto grad_weight = winograd_wgrad(grad_output, input, shape, m);
+  TORCH_CHECK(grad_weight.defined(), "a sum was not finite");
+  return grad_weight;
 }
 
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,

@@ -105,6 +105,30 @@ FASTRES_INLINE void transform_input(const Load& load, const Store& store) {
   }
 }
 
+// The same of the vector of channels from c on, for the tile at this corner of the output: zeros
+// lie beyond the input. Stride 1.
+template <int rows, int columns, int r, typename T, typename Store>
+FASTRES_INLINE void transform_pixels(const ConvShape& shape, const T* input, const Corner& corner,
+                                     int64_t c, const Store& store) {
+  const int64_t top = corner.p - shape.padding[0], left = corner.q - shape.padding[1];
+  const T* const origin = input + ((corner.n * shape.h + top) * shape.w + left) * shape.c + c;
+  const int64_t lanes = std::max(shape.c - c, int64_t{0});
+  const bool inner = top >= 0 && left >= 0 && top + rows + r - 1 <= shape.h &&
+                     left + columns + r - 1 <= shape.w && lanes >= kVec;
+  if (inner) {
+    transform_input<rows, columns, r>(
+        [&](int y, int x) { return load_vec(origin + (y * shape.w + x) * shape.c); }, store);
+  } else {
+    transform_input<rows, columns, r>(
+        [&](int y, int x) {
+          const bool inside =
+              top + y >= 0 && top + y < shape.h && left + x >= 0 && left + x < shape.w;
+          return inside ? load_vec(origin + (y * shape.w + x) * shape.c, lanes) : Vec(0.0f);
+        },
+        store);
+  }
+}
+
 // A^T t A of one vector of channels: load(y, x) gives the sums, store(y, x, value) gets the tile's
 // values.
 template <int rows, int columns, int r, typename Load, typename Store>

@@ -49,6 +49,11 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t padding,
                    int64_t dilation);
 
+// The weight's gradient by name: winograd2 or winograd4.
+at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_output,
+                         const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                         int64_t padding);
+
 // What computes a convolution of float32 tensors of these shapes: one of those, or "onednn".
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                            int64_t padding, int64_t dilation, bool training);

@@ -1,0 +1,95 @@
+// wgrad of 3x3 filters at stride 1 by Winograd: the transposition of F(m x m, 3 x 3),
+//
+//   dg = G^T (sum over tiles of (A dy A^T) * (B^T d B)) G,
+//
+// which convolves every tile of m x m gradients with the input below it. At each of (m + 2)^2
+// positions the sum is a product of matrices (filters x tiles) (tiles x channels).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "capability.h"
+#include "conv_shape.h"
+
+namespace fastres::cpu {
+
+// One job: the sums of some filters' and channels' gradients over some tiles. Its sums and what a
+// few tiles are transformed into share the second-level cache.
+struct WgradPart {
+  static constexpr int64_t kMostFilters = 32, kMostChannels = 64;
+
+  Range filters, channels, tiles;
+
+  // Values of all that a job needs memory for.
+  static constexpr int64_t scratch_values(int64_t positions) {
+    return positions * (kMostTiles * (kMostFilters + kMostChannels) + kMostFilters * kMostChannels +
+                        3 * kPositionSkew);
+  }
+};
+
+// The jobs of a gradient. They do not depend on the threads that there are, so that those have no
+// say in how the sums are rounded.
+struct WgradParts {
+  // Jobs for as many threads, and tiles of one, which must be worth the transformation of its sums.
+  static constexpr int64_t kEnough = 32, kLeastTiles = 128;
+
+  int64_t filters, channels, tiles;     // all of them
+  int64_t filter_parts, channel_parts;  // blocks of them
+  int64_t splits;                       // of the tiles: what each gives is added up
+
+  WgradParts(const ConvShape& shape, int64_t m)
+      : filters(shape.k),
+        channels(shape.c),
+        tiles(WinogradGrid(shape, {m, 3, 1}).tiles(shape)),
+        filter_parts(ceil_div(filters, WgradPart::kMostFilters)),
+        channel_parts(ceil_div(channels, WgradPart::kMostChannels)),
+        splits(std::clamp(ceil_div(kEnough, filter_parts * channel_parts), int64_t{1},
+                          std::max(tiles / kLeastTiles, int64_t{1}))) {}
+
+  int64_t count() const { return filter_parts * channel_parts * splits; }
+  int64_t split_of(int64_t job) const { return job / (filter_parts * channel_parts); }
+
+  WgradPart operator[](int64_t job) const {
+    const int64_t block = job % (filter_parts * channel_parts);
+    const int64_t split = split_of(job);
+    return {block_of(filters, WgradPart::kMostFilters, block / channel_parts),
+            block_of(channels, WgradPart::kMostChannels, block % channel_parts),
+            {tiles * split / splits, tiles * (split + 1) / splits}};
+  }
+
+  static Range block_of(int64_t total, int64_t most, int64_t i) {
+    return {i * most, std::min((i + 1) * most, total)};
+  }
+};
+
+template <typename T, typename Gradient>
+struct WgradOperands {
+  const T *input, *grad_output;  // NHWC
+  Gradient* gradient;            // KRSC, of some tiles only
+};
+
+// False where a sum was not finite: transforms spread Inf and NaN over the taps.
+template <typename T, typename Gradient>
+using WinogradWgradJob = bool(const ConvShape& shape, const WgradOperands<T, Gradient>& operands,
+                              const WgradPart& part, float* scratch);
+
+template <typename T>
+struct WinogradWgradKernels {
+  WinogradWgradJob<T, T>*f2, *f4;                      // all tiles
+  WinogradWgradJob<T, float>*f2_partial, *f4_partial;  // some of them
+};
+
+FASTRES_DECLARE_KERNELS(WinogradWgradKernels, winograd_wgrad_kernels)
+
+bool can_compute_winograd_wgrad(const ConvShape& shape);
+
+// The m that it is fastest with, 0 where the libraries' convolution is: `bf16` for operands of that
+// type.
+int64_t choose_winograd_wgrad(const ConvShape& shape, bool bf16);
+
+// On torch's threads. False, and nothing of use in the gradient, where a sum was not finite.
+template <typename T>
+bool run_winograd_wgrad(const ConvShape& shape, int64_t m, const WgradOperands<T, T>& operands);
+
+}  // namespace fastres::cpu
