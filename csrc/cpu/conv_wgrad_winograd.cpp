@@ -15,7 +15,7 @@ namespace {
 template <typename T, typename Gradient>
 bool run_parts(const ConvShape& shape, const WgradParts& parts, int64_t m,
                WinogradWgradJob<T, Gradient>* run, const WgradOperands<T, Gradient>& operands) {
-  const int64_t values = WgradPart::scratch_values((m + 2) * (m + 2));
+  const int64_t values = WgradBuffers::values((m + 2) * (m + 2));
   const int64_t size = shape.k * shape.taps() * shape.c;
   std::atomic<bool> finite{true};
   at::parallel_for(0, parts.count(), 1, [&](int64_t begin, int64_t end) {

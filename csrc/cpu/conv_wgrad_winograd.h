@@ -17,14 +17,22 @@ namespace fastres::cpu {
 // One job: the sums of some filters' and channels' gradients over some tiles. Its sums and what a
 // few tiles are transformed into share the second-level cache.
 struct WgradPart {
-  static constexpr int64_t kMostFilters = 32, kMostChannels = 64;
+  static constexpr int64_t kMostFilters = 64, kMostChannels = 64;
 
   Range filters, channels, tiles;
+};
 
-  // Values of all that a job needs memory for.
-  static constexpr int64_t scratch_values(int64_t positions) {
-    return positions * (kMostTiles * (kMostFilters + kMostChannels) + kMostFilters * kMostChannels +
-                        3 * kPositionSkew);
+// Where a job keeps what belongs to one position: gradients
+// [filters / rows of the microkernel][tile][those rows], pixels [channels / panel][tile][panel] and
+// sums [channels / panel][filter][panel], of the largest job.
+struct WgradBuffers {
+  static constexpr int64_t kGradients = WgradPart::kMostFilters * kMostTiles + kPositionSkew;
+  static constexpr int64_t kPixels = WgradPart::kMostChannels * kMostTiles + kPositionSkew;
+  static constexpr int64_t kSums =
+      WgradPart::kMostFilters * WgradPart::kMostChannels + kPositionSkew;
+
+  static constexpr int64_t values(int64_t positions) {
+    return positions * (kGradients + kPixels + kSums);
   }
 };
 

@@ -76,133 +76,173 @@ FASTRES_INLINE void transform_sums(const Load& load, const Store& store) {
   }
 }
 
-// A job's memory: transformed gradients [position][filters / kOuterRows][tile][kOuterRows],
-// transformed input [position][channels / kPanel][tile][kPanel] and sums
-// [position][channels / kPanel][filter][kPanel], from one position to the next so many values.
+// A job's memory.
+template <int64_t kPositions>
 struct Buffers {
-  int64_t filters, channels;  // whole rows and panels
-  int64_t gradients_stride, pixels_stride, sums_stride;
-  float *gradients, *pixels, *sums;
+  static constexpr int64_t kTiles = kMostTiles, kFilters = WgradPart::kMostFilters;
 
-  Buffers(const WgradPart& part, int64_t positions, float* memory)
-      : filters(round_up(part.filters.size(), kOuterRows)),
-        channels(round_up(part.channels.size(), kPanel)),
-        gradients_stride(filters * kMostTiles + kPositionSkew),
-        pixels_stride(channels * kMostTiles + kPositionSkew),
-        sums_stride(filters * channels + kPositionSkew),
-        gradients(memory),
-        pixels(gradients + positions * gradients_stride),
-        sums(pixels + positions * pixels_stride) {}
+  float* const memory;
+
+  float* gradients(int64_t position, int64_t filter) const {
+    return memory + position * WgradBuffers::kGradients +
+           filter / kOuterRows * kOuterRows * kTiles + filter % kOuterRows;
+  }
+  float* pixels(int64_t position, int64_t channel) const {
+    return memory + kPositions * WgradBuffers::kGradients + position * WgradBuffers::kPixels +
+           channel / kPanel * kPanel * kTiles + channel % kPanel;
+  }
+  float* sums(int64_t position, int64_t filter, int64_t channel) const {
+    return memory + kPositions * (WgradBuffers::kGradients + WgradBuffers::kPixels) +
+           position * WgradBuffers::kSums + channel / kPanel * kPanel * kFilters + filter * kPanel +
+           channel % kPanel;
+  }
 };
 
-template <int height, int width, int m, typename T>
-FASTRES_INLINE void gather_pixels(const ConvShape& shape, const T* input, const Corner& corner,
-                                  const WgradPart& part, const Buffers& buffers, int64_t tile) {
-  for (int64_t c = 0; c < buffers.channels; c += kVec) {
-    float* const out =
-        buffers.pixels + c / kPanel * kMostTiles * kPanel + tile * kPanel + c % kPanel;
-    transform_pixels<height, width, 3>(shape, input, corner, part.channels.begin + c,
-                                       [&](int y, int x, Vec value) FASTRES_INLINED {
-                                         const int position =
-                                             Tiling<height, 3>::place(y) * Tiling<m, 3>::kIn +
-                                             Tiling<width, 3>::place(x);
-                                         value.store(out + position * buffers.pixels_stride);
-                                       });
+template <int m>
+using BuffersOf = Buffers<Tiling<m, 3>::kPositions>;
+
+template <int height, int width, int m>
+constexpr int position_of(int y, int x) {
+  return Tiling<height, 3>::place(y) * Tiling<m, 3>::kIn + Tiling<width, 3>::place(x);
+}
+
+// A tile's pixels and gradients into the buffers, as their tile-th.
+template <int height, int width, int m, typename T, typename G>
+FASTRES_INLINE void gather_tile(const ConvShape& shape, const WgradOperands<T, G>& operands,
+                                const Corner& corner, const WgradPart& part,
+                                const BuffersOf<m>& buffers, int64_t tile) {
+  const auto pixels = input_tile<height, width, 3>(shape, operands.input, corner);
+  for (int64_t c = 0; c < part.channels.size(); c += kVec) {
+    float* const out = buffers.pixels(0, c) + tile * kPanel;
+    pixels.load(part.channels.begin + c, [&](const auto& load) FASTRES_INLINED {
+      transform_input<height, width, 3>(load, [&](int y, int x, Vec value) FASTRES_INLINED {
+        value.store(out + position_of<height, width, m>(y, x) * WgradBuffers::kPixels);
+      });
+    });
+  }
+  const TilePixels<height, width, T> gradients(operands.grad_output, corner.n, shape.p, shape.q,
+                                               shape.k, corner.p, corner.q);
+  for (int64_t k = 0; k < part.filters.size(); k += kVec) {
+    float* const out = buffers.gradients(0, k) + tile * kOuterRows;
+    gradients.load(part.filters.begin + k, [&](const auto& load) FASTRES_INLINED {
+      transform_gradient<height, width>(load, [&](int y, int x, Vec value) FASTRES_INLINED {
+        value.store(out + position_of<height, width, m>(y, x) * WgradBuffers::kGradients);
+      });
+    });
   }
 }
 
-template <int height, int width, int m, typename T>
-FASTRES_INLINE void gather_gradients(const ConvShape& shape, const T* grad_output,
-                                     const Corner& corner, const WgradPart& part,
-                                     const Buffers& buffers, int64_t tile) {
-  const T* const origin =
-      grad_output + ((corner.n * shape.p + corner.p) * shape.q + corner.q) * shape.k;
-  const bool inner = corner.p + height <= shape.p && corner.q + width <= shape.q;
-  for (int64_t row = 0; row < buffers.filters; row += kVec) {
-    const int64_t k = part.filters.begin + row, lanes = std::max(shape.k - k, int64_t{0});
-    float* const out = buffers.gradients + row / kOuterRows * kMostTiles * kOuterRows +
-                       tile * kOuterRows + row % kOuterRows;
-    const auto store = [&](int y, int x, Vec value) FASTRES_INLINED {
-      const int position =
-          Tiling<height, 3>::place(y) * Tiling<m, 3>::kIn + Tiling<width, 3>::place(x);
-      value.store(out + position * buffers.gradients_stride);
-    };
-    if (inner && lanes >= kVec) {
-      transform_gradient<height, width>(
-          [&](int y, int x) { return load_vec(origin + (y * shape.q + x) * shape.k + k); }, store);
-    } else {
-      transform_gradient<height, width>(
-          [&](int y, int x) {
-            const bool inside = corner.p + y < shape.p && corner.q + x < shape.q;
-            return inside ? load_vec(origin + (y * shape.q + x) * shape.k + k, lanes) : Vec(0.0f);
-          },
-          store);
+// What the next tiles are gathered from, fetched into the second-level cache while these are
+// multiplied: at each of m x m positions one pixel of every tile.
+template <typename T, typename G>
+class NextTiles {
+ public:
+  NextTiles(const ConvShape& shape, const WgradOperands<T, G>& operands, const JobTiles& tiles,
+            const WgradPart& part)
+      : shape_(shape),
+        tiles_(tiles),
+        input_(operands.input + part.channels.begin),
+        grad_output_(operands.grad_output + part.filters.begin),
+        channels_(part.channels.size()),
+        filters_(part.filters.size()) {}
+
+  void prefetch(int64_t y, int64_t x, Range tiles) const {
+    for (int64_t tile = tiles.begin; tile < std::min(tiles.end, tiles_.count); ++tile) {
+      const Corner& at = tiles_.corners[tile];
+      const int64_t row = at.p + y, column = at.q + x;
+      fetch(input_, shape_.h, shape_.w, shape_.c, at.n, row, column, channels_);
+      fetch(grad_output_, shape_.p, shape_.q, shape_.k, at.n, row, column, filters_);
     }
   }
-}
 
-// Adds the products of these tiles to the sums.
-template <int m>
-void multiply_tiles(const JobTiles& tiles, const WgradPart& part, const Buffers& buffers) {
+ private:
+  static void fetch(const T* maps, int64_t h, int64_t w, int64_t c, int64_t n, int64_t row,
+                    int64_t column, int64_t values) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const T* const pixel =
+        maps + ((n * h + std::min(row, h - 1)) * w + std::min(column, w - 1)) * c;
+    for (int64_t i = 0; i < values; i += kLine) {
+      __builtin_prefetch(pixel + i, /*write=*/0, /*locality=*/2);
+    }
+  }
+
+  const ConvShape& shape_;
+  const JobTiles& tiles_;
+  const T *input_, *grad_output_;
+  int64_t channels_, filters_;
+};
+
+// Adds the products of these tiles to the sums, which begin with the first.
+template <int m, typename Next>
+void multiply_tiles(const JobTiles& tiles, bool first, const WgradPart& part,
+                    const BuffersOf<m>& buffers, const Next& next) {
   constexpr int kIn = Tiling<m, 3>::kIn;
+  constexpr bool kMixed = WinogradForm{m, 3, 1}.mixes();
+  const int64_t filters = part.filters.size(), channels = part.channels.size();
+  const int64_t calls = ceil_div(channels, kPanel) * ceil_div(filters, kRows);
   for (int position = 0; position < Tiling<m, 3>::kPositions; ++position) {
-    constexpr bool kMixed = WinogradForm{m, 3, 1}.mixes();
-    const auto having = tiles.having(kMixed && position / kIn == m, kMixed && position % kIn == m);
-    const float* const gradients = buffers.gradients + position * buffers.gradients_stride;
-    const float* const pixels = buffers.pixels + position * buffers.pixels_stride;
-    float* const sums = buffers.sums + position * buffers.sums_stride;
-    for (int64_t c = 0; c < buffers.channels; c += kPanel) {
-      const float* const panel = pixels + c * kMostTiles + having.begin * kPanel;
-      for (int64_t row = 0; row < part.filters.size(); row += kRows) {
-        const float* const rows = gradients + row / kOuterRows * kMostTiles * kOuterRows +
-                                  having.begin * kOuterRows + row % kOuterRows;
-        multiply_outer<kRows>(std::min(kRows, part.filters.size() - row), rows, panel,
-                              having.size(), sums + c * buffers.filters + row * kPanel);
+    const int y = position / kIn, x = position % kIn;
+    const auto having = tiles.having(kMixed && y == m, kMixed && x == m);
+    if (first) std::fill_n(buffers.sums(position, 0, 0), WgradBuffers::kSums, 0.0f);
+    int64_t call = 0;
+    for (int64_t c = 0; c < channels; c += kPanel) {
+      const float* const panel = buffers.pixels(position, c) + having.begin * kPanel;
+      for (int64_t k = 0; k < filters; k += kRows, ++call) {
+        if (y < m && x < m) {
+          next.prefetch(y, x, {kMostTiles * call / calls, kMostTiles * (call + 1) / calls});
+        }
+        multiply_outer<kRows>(std::min(kRows, filters - k),
+                              buffers.gradients(position, k) + having.begin * kOuterRows, panel,
+                              having.size(), buffers.sums(position, k, c));
       }
     }
   }
 }
 
 // The sums transformed to filters; false where one is not finite.
-template <int m, typename Gradient>
-bool finish_part(const ConvShape& shape, Gradient* gradient, const WgradPart& part,
-                 const Buffers& buffers) {
+template <int m, typename G>
+bool finish_part(const ConvShape& shape, G* gradient, const WgradPart& part,
+                 const BuffersOf<m>& buffers) {
+  const int64_t taps = shape.taps(), channels = shape.c;
   Vec checked(0.0f);
   for (int64_t row = 0; row < part.filters.size(); ++row) {
-    Gradient* const filter = gradient + (part.filters.begin + row) * 9 * shape.c;
+    G* const filter = gradient + (part.filters.begin + row) * taps * channels;
     for (int64_t lane = 0; lane < part.channels.size(); lane += kVec) {
-      const int64_t c = part.channels.begin + lane, lanes = std::min(kVec, shape.c - c);
-      const float* const sums =
-          buffers.sums + (lane / kPanel * buffers.filters + row) * kPanel + lane % kPanel;
+      const int64_t c = part.channels.begin + lane, lanes = std::min(kVec, channels - c);
+      const float* const sums = buffers.sums(0, row, lane);
       transform_sums<m>(
-          [&](int y, int x) { return Vec::loadu(sums + (y * (m + 2) + x) * buffers.sums_stride); },
+          [&](int y, int x) FASTRES_INLINED {
+            return Vec::loadu(sums + (y * (m + 2) + x) * WgradBuffers::kSums);
+          },
           [&](int r, int s, Vec value) FASTRES_INLINED {
             checked = at::vec::fmadd(value, Vec(0.0f), checked);
-            store_vec(value, filter + (r * 3 + s) * shape.c + c, lanes);
+            store_vec(value, filter + (r * 3 + s) * channels + c, lanes);
           });
     }
   }
   return (checked == checked).zero_mask() == 0;
 }
 
-template <int m, typename T, typename Gradient>
-bool run(const ConvShape& shape, const WgradOperands<T, Gradient>& operands, const WgradPart& part,
+template <int m, typename T, typename G>
+bool run(const ConvShape& shape, const WgradOperands<T, G>& operands, const WgradPart& part,
          float* scratch) {
-  constexpr int64_t kPositions = Tiling<m, 3>::kPositions;
   const WinogradGrid grid(shape, {m, 3, 1});
-  const Buffers buffers(part, kPositions, scratch);
-  std::fill_n(buffers.sums, kPositions * buffers.sums_stride, 0.0f);
+  const BuffersOf<m> buffers{scratch};
+  const auto tiles_from = [&](int64_t first) {
+    return JobTiles(grid, {first, std::min(first + kMostTiles, part.tiles.end)});
+  };
+  auto tiles = tiles_from(part.tiles.begin);
   for (int64_t first = part.tiles.begin; first < part.tiles.end; first += kMostTiles) {
-    const JobTiles tiles(grid, {first, std::min(first + kMostTiles, part.tiles.end)});
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       const auto& corner = tiles.corners[tile];
       with_size<m, 3>(corner.kind, [&]<int height, int width>() FASTRES_INLINED {
-        gather_pixels<height, width, m>(shape, operands.input, corner, part, buffers, tile);
-        gather_gradients<height, width, m>(shape, operands.grad_output, corner, part, buffers,
-                                           tile);
+        gather_tile<height, width, m>(shape, operands, corner, part, buffers, tile);
       });
     }
-    multiply_tiles<m>(tiles, part, buffers);
+    const auto following = tiles_from(std::min(first + kMostTiles, part.tiles.end));
+    multiply_tiles<m>(tiles, first == part.tiles.begin, part, buffers,
+                      NextTiles(shape, operands, following, part));
+    tiles = following;
   }
   return finish_part<m>(shape, operands.gradient, part, buffers);
 }

@@ -9,13 +9,16 @@ template <int height, int width, int m, typename T>
 FASTRES_INLINE void gather_tile(const ConvShape& shape, const T* input, const Corner& corner,
                                 int64_t count, float* rows, int64_t position_stride) {
   constexpr int kIn = Tiling<m, 3>::kIn;
-  for (int64_t c = 0; c < round_up(shape.c, kChunk); c += kVec) {
+  const auto pixels = input_tile<height, width, 3>(shape, input, corner);
+  const int64_t channels = round_up(shape.c, kChunk);
+  for (int64_t c = 0; c < channels; c += kVec) {
     float* const out = rows + c / kChunk * count * kChunk + c % kChunk;
-    transform_pixels<height, width, 3>(
-        shape, input, corner, c, [&](int y, int x, Vec value) FASTRES_INLINED {
-          const int position = Tiling<height, 3>::place(y) * kIn + Tiling<width, 3>::place(x);
-          value.store(out + position * position_stride);
-        });
+    pixels.load(c, [&](const auto& load) FASTRES_INLINED {
+      transform_input<height, width, 3>(load, [&](int y, int x, Vec value) FASTRES_INLINED {
+        const int position = Tiling<height, 3>::place(y) * kIn + Tiling<width, 3>::place(x);
+        value.store(out + position * position_stride);
+      });
+    });
   }
 }
 
