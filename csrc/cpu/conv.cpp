@@ -100,13 +100,22 @@ at::Tensor winograd_wgrad(const at::Tensor& grad_output, const at::Tensor& input
   return finite ? grad_weight : at::Tensor();
 }
 
-// The m of those that compute the weight's gradient, 0 where something else does.
+// False for what ATen is left to refuse, and for empty tensors.
+bool fits_wgrad(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                const ConvGeometry& g) {
+  return grad_output.dim() == 4 && input.dim() == 4 && weight.dim() == 4 && g.groups > 0 &&
+         input.size(1) == weight.size(1) * g.groups && input.numel() > 0 &&
+         grad_output.numel() > 0 &&
+         grad_output.sizes() == at::IntArrayRef(output_size(input, weight, g));
+}
+
+// The m of the tiles that compute the weight's gradient, 0 where something else does.
 int64_t tile_of_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
                       const at::Tensor& weight, const ConvGeometry& g) {
   const auto dtype = input.scalar_type();
   if (grad_output.scalar_type() != dtype || weight.scalar_type() != dtype) return 0;
   if (dtype != at::kFloat && dtype != at::kBFloat16) return 0;
-  if (grad_output.numel() == 0 || input.numel() == 0) return 0;
+  if (!fits_wgrad(grad_output, input, weight, g)) return 0;
   return choose_winograd_wgrad(shape_of(input, weight, g), dtype == at::kBFloat16);
 }
 
@@ -263,13 +272,20 @@ at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_ou
                          const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                          int64_t padding) {
   const auto g = geometry_of(input, weight, stride, padding, /*dilation=*/1);
+  const auto dtype = input.scalar_type();
+  const bool fits =
+      grad_output.scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16);
+  TORCH_CHECK_VALUE(fits, "input: expected float32 or bfloat16 as grad_output, got ", dtype);
+  TORCH_CHECK_VALUE(fits_wgrad(grad_output, input, weight, g),
+                    "grad_output: expected the shape of the convolution's output, got ",
+                    grad_output.sizes());
   const int64_t m = algorithm == "winograd4" ? 4 : algorithm == "winograd2" ? 2 : 0;
   TORCH_CHECK_VALUE(m > 0, "algorithm: expected winograd2 or winograd4, got ", algorithm);
   const auto shape = shape_of(input, weight, g);
   TORCH_CHECK_VALUE(can_compute_winograd_wgrad(shape), "algorithm: ", algorithm,
                     " does not compute this convolution");
   const auto grad_weight = winograd_wgrad(grad_output, input, shape, m);
-  TORCH_CHECK(grad_weight.defined(), "a sum was not finite");
+  TORCH_CHECK(grad_weight.defined(), "input: a sum was not finite");
   return grad_weight;
 }
 
@@ -280,6 +296,15 @@ std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, in
   return name_of(choose_algorithm(shape, {conv_panel(), /*onednn=*/true, training,
                                           /*bf16=*/input.scalar_type() == at::kBFloat16 &&
                                               bfloat16_unit() == Bfloat16Unit::kVector}));
+}
+
+std::string conv_wgrad_algorithm(const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& weight, int64_t stride, int64_t padding,
+                                 int64_t dilation) {
+  const auto g = geometry_of(input, weight, stride, padding, dilation);
+  if (is_product(input, weight, g, Pass::kWgrad)) return "product";
+  const int64_t m = tile_of_wgrad(grad_output, input, weight, g);
+  return m > 0 ? "winograd" + std::to_string(m) : "aten";
 }
 
 }  // namespace fastres::cpu

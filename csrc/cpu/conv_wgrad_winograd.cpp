@@ -11,6 +11,9 @@
 namespace fastres::cpu {
 namespace {
 
+// Channels that are multiplied at once, in the widest vectors.
+constexpr int64_t kWgradPanel = 32;
+
 // False where a sum is not finite. The gradients of the splits lie one after the other.
 template <typename T, typename Gradient>
 bool run_parts(const ConvShape& shape, const WgradParts& parts, int64_t m,
@@ -52,10 +55,14 @@ bool can_compute_winograd_wgrad(const ConvShape& shape) {
 }
 
 int64_t choose_winograd_wgrad(const ConvShape& shape, bool bf16) {
-  (void)bf16;
   if (!can_compute_winograd_wgrad(shape)) return 0;
-  const int64_t largest = largest_winograd_tile();
-  return largest >= 4 ? 4 : largest >= 2 ? 2 : 0;
+  const int64_t largest = largest_winograd_tile(), m = largest >= 4 ? 4 : largest >= 2 ? 2 : 0;
+  if (m == 0 || (bf16 && bfloat16_unit() == Bfloat16Unit::kMatrix)) return 0;
+  const WinogradForm form{m, 3, 1};
+  // Maps of one pixel would take more multiplications than they do as they are defined.
+  if (WinogradGrid(shape, form).products(shape, form) >= shape.taps() * shape.pixels()) return 0;
+  // Few channels leave lanes idle and transform much for each product.
+  return 4 * shape.c >= 3 * round_up(shape.c, kWgradPanel) && shape.k >= kWgradPanel ? m : 0;
 }
 
 template <typename T>

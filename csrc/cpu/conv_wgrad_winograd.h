@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "capability.h"
@@ -39,9 +40,6 @@ struct WgradBuffers {
 // The jobs of a gradient. They do not depend on the threads that there are, so that those have no
 // say in how the sums are rounded.
 struct WgradParts {
-  // Jobs for as many threads, and tiles of one, which must be worth the transformation of its sums.
-  static constexpr int64_t kEnough = 32, kLeastTiles = 128;
-
   int64_t filters, channels, tiles;     // all of them
   int64_t filter_parts, channel_parts;  // blocks of them
   int64_t splits;                       // of the tiles: what each gives is added up
@@ -52,8 +50,7 @@ struct WgradParts {
         tiles(WinogradGrid(shape, {m, 3, 1}).tiles(shape)),
         filter_parts(ceil_div(filters, WgradPart::kMostFilters)),
         channel_parts(ceil_div(channels, WgradPart::kMostChannels)),
-        splits(std::clamp(ceil_div(kEnough, filter_parts * channel_parts), int64_t{1},
-                          std::max(tiles / kLeastTiles, int64_t{1}))) {}
+        splits(splits_of(ceil_div(tiles, kMostTiles), filter_parts * channel_parts)) {}
 
   int64_t count() const { return filter_parts * channel_parts * splits; }
   int64_t split_of(int64_t job) const { return job / (filter_parts * channel_parts); }
@@ -62,8 +59,24 @@ struct WgradParts {
     const int64_t block = job % (filter_parts * channel_parts);
     const int64_t split = split_of(job);
     return {block_of(filters, WgradPart::kMostFilters, block / channel_parts),
-            block_of(channels, WgradPart::kMostChannels, block % channel_parts),
-            {tiles * split / splits, tiles * (split + 1) / splits}};
+            block_of(channels, WgradPart::kMostChannels, block % channel_parts), tiles_of(split)};
+  }
+
+  // Whole groups of kMostTiles, but for the last.
+  Range tiles_of(int64_t split) const {
+    const int64_t groups = ceil_div(tiles, kMostTiles);
+    return {groups * split / splits * kMostTiles,
+            std::min(groups * (split + 1) / splits * kMostTiles, tiles)};
+  }
+
+  // A job's tiles must be worth the transformation of its sums: a few threads shall have something
+  // to do also where that costs a little, many only where it is nothing. A power of two, as threads
+  // often are.
+  static int64_t splits_of(int64_t groups, int64_t blocks) {
+    const int64_t few = std::min(ceil_div(16, blocks), groups / 2);
+    const int64_t many = std::min(ceil_div(64, blocks), groups / 16);
+    return static_cast<int64_t>(
+        std::bit_floor(static_cast<uint64_t>(std::max({few, many, int64_t{1}}))));
   }
 
   static Range block_of(int64_t total, int64_t most, int64_t i) {

@@ -58,6 +58,11 @@ at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_ou
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                            int64_t padding, int64_t dilation, bool training);
 
+// What computes the weight's gradient: one of those, "product" (see conv_product.h) or "aten".
+std::string conv_wgrad_algorithm(const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& weight, int64_t stride, int64_t padding,
+                                 int64_t dilation);
+
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,
                         const std::optional<at::Tensor>& residual, const at::Tensor& running_mean,
