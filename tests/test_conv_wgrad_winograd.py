@@ -129,6 +129,19 @@ def test_serves_the_sizes_of_resnet():
     assert algorithm_of(grad.double(), input.double(), weight.double(), 1) == "aten"
 
 
+def test_serves_bfloat16():
+    """...where AMD's products of it are the alternative, of pixels enough and by the larger tiles."""
+    x, w = torch.empty(1, 32, 8, 8, dtype=torch.bfloat16), torch.empty(8, 32, 1, 1)
+    if ops.extension.conv_algorithm(x, w, 1, 0, 1, False) != "direct_bf16":
+        pytest.skip("needs AMD's products of bfloat16")
+    for size, channels in ((56, 64), (28, 128), (14, 256), (7, 512)):
+        tensors = operands((8, channels, size, size, channels, 1), torch.bfloat16)
+        assert algorithm_of(*tensors, 1) == "winograd4"
+        with fastres.winograd(2):
+            assert algorithm_of(*tensors, 1) in ("product", "aten")
+    assert algorithm_of(*operands((1, 512, 7, 7, 512, 1), torch.bfloat16), 1) == "product"
+
+
 @pytest.mark.parametrize("tile", ["auto", 4, 2, "off"])
 def test_the_switch(tile):
     tensors = operands((2, 64, 20, 20, 64, 1))

@@ -209,16 +209,16 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               std::array<bool, 2> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto g = check_geometry(stride, padding, dilation, groups);
-  if (is_product(input, weight, g, Pass::kWgrad) && output_mask[0] && !output_mask[1]) {
-    const auto grad_weight = product_wgrad(grad_output, input, weight, g);
-    return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
-  }
   if (const int64_t m = tile_of_wgrad(grad_output, input, weight, g);
       m > 0 && output_mask[0] && !output_mask[1]) {
     const auto grad_weight = winograd_wgrad(grad_output, input, shape_of(input, weight, g), m);
     if (grad_weight.defined()) {
       return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
     }
+  }
+  if (is_product(input, weight, g, Pass::kWgrad) && output_mask[0] && !output_mask[1]) {
+    const auto grad_weight = product_wgrad(grad_output, input, weight, g);
+    return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
   }
   const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
   const auto dtype = widen ? at::kFloat : input.scalar_type();
@@ -302,9 +302,9 @@ std::string conv_wgrad_algorithm(const at::Tensor& grad_output, const at::Tensor
                                  const at::Tensor& weight, int64_t stride, int64_t padding,
                                  int64_t dilation) {
   const auto g = geometry_of(input, weight, stride, padding, dilation);
-  if (is_product(input, weight, g, Pass::kWgrad)) return "product";
   const int64_t m = tile_of_wgrad(grad_output, input, weight, g);
-  return m > 0 ? "winograd" + std::to_string(m) : "aten";
+  if (m > 0) return "winograd" + std::to_string(m);
+  return is_product(input, weight, g, Pass::kWgrad) ? "product" : "aten";
 }
 
 }  // namespace fastres::cpu

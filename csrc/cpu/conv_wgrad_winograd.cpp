@@ -14,6 +14,17 @@ namespace {
 // Channels that are multiplied at once, in the widest vectors.
 constexpr int64_t kWgradPanel = 32;
 
+// Whether float32's products are ahead of the processor's of bfloat16. Measured on Zen 4, 2
+// threads, 8 images: 4.1, 4.1, 3.8 and 3.9 ms for ResNet-50's four sizes against
+// oneDNN's 5.6, 5.4, 5.3 and 6.8, but 5.1 to 6.2 by F(2x2, 3x3). Of so few pixels that hardly a
+// tile shares the transformation of the sums, the product of matrices is ahead (49 pixels of 512
+// channels: 1.2 ms against 1.4).
+bool pays_in_bf16(const ConvShape& shape, int64_t m) {
+  constexpr int64_t kFewPixels = 64;
+  if (bfloat16_unit() == Bfloat16Unit::kNone) return true;
+  return bfloat16_unit() == Bfloat16Unit::kVector && m == 4 && shape.pixels() > kFewPixels;
+}
+
 // False where a sum is not finite. The gradients of the splits lie one after the other.
 template <typename T, typename Gradient>
 bool run_parts(const ConvShape& shape, const WgradParts& parts, int64_t m,
@@ -57,7 +68,7 @@ bool can_compute_winograd_wgrad(const ConvShape& shape) {
 int64_t choose_winograd_wgrad(const ConvShape& shape, bool bf16) {
   if (!can_compute_winograd_wgrad(shape)) return 0;
   const int64_t largest = largest_winograd_tile(), m = largest >= 4 ? 4 : largest >= 2 ? 2 : 0;
-  if (m == 0 || (bf16 && bfloat16_unit() == Bfloat16Unit::kMatrix)) return 0;
+  if (m == 0 || (bf16 && !pays_in_bf16(shape, m))) return 0;
   const WinogradForm form{m, 3, 1};
   // Maps of one pixel would take more multiplications than they do as they are defined.
   if (WinogradGrid(shape, form).products(shape, form) >= shape.taps() * shape.pixels()) return 0;
