@@ -189,7 +189,11 @@ def cudart_directory(nvcc: Path) -> str:
 def is_built_for(isa: str, kernel: str) -> bool:
     """Without vectors oneDNN computes every convolution; of bfloat16 there are direct products."""
     if isa == "AVX512_BF16":
-        return kernel in ("conv_direct_kernel.cpp", "conv_grouped_kernel.cpp", "conv_wgrad_direct_kernel.cpp")
+        return kernel in (
+            "conv_direct_kernel.cpp",
+            "conv_grouped_kernel.cpp",
+            "conv_wgrad_direct_kernel.cpp",
+        )
     return isa != "DEFAULT" or not kernel.startswith("conv_")
 
 

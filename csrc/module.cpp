@@ -139,7 +139,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu", &fastres::functional::bn_relu, "See csrc/functional.h.");
   m.def("conv_bn_relu", &fastres::functional::conv_bn_relu, "See csrc/functional.h.");
   m.def("conv_by", &fastres::cpu::conv_by, "One convolution by a named algorithm.");
+  m.def("conv_wgrad_by", &fastres::cpu::conv_wgrad_by, "A weight's gradient, likewise.");
   m.def("conv_algorithm", &fastres::cpu::conv_algorithm, "What computes a convolution.");
+  m.def("conv_wgrad_algorithm", &fastres::cpu::conv_wgrad_algorithm,
+        "What computes a weight's gradient.");
   m.def("limit_winograd_tile", &fastres::cpu::limit_winograd_tile,
         "The largest tile of Winograd's convolutions; 0 for none of them.");
   m.def("cache_info", &cache_info, "Folded convolution weights kept for inference.");

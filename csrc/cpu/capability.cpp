@@ -74,6 +74,16 @@ std::vector<std::string> compiled_capabilities() {
 #endif
 }
 
+bool is_intel() {
+#if defined(FASTRES_X86)
+  __builtin_cpu_init();
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
+}
+
 double multiply_adds() {
   constexpr double kOfAvx2 = 2 * 8;
   return capability() == Capability::kAvx512 && !has_half_vectors() ? 2 * kOfAvx2 : kOfAvx2;

@@ -21,6 +21,9 @@ enum class Bfloat16Unit {
 
 Bfloat16Unit bfloat16_unit();
 
+// Whether the libraries' kernels were written for this processor above all.
+bool is_intel();
+
 // Of float32, that a core can begin in a cycle.
 double multiply_adds();
 

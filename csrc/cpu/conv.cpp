@@ -13,7 +13,6 @@
 #include "conv_pack.h"
 #include "conv_product.h"
 #include "conv_run.h"
-#include "conv_wgrad_direct.h"
 #include "memory.h"
 #include "operators.h"
 #include "pooled.h"
@@ -73,20 +72,6 @@ bool run(const at::Tensor& input, const FilterView& filters, const OptionalTenso
 
 at::Tensor empty_last(at::IntArrayRef size, const at::Tensor& like) {
   return empty_output(size, like.scalar_type(), at::MemoryFormat::ChannelsLast);
-}
-
-// ATen brings the weights to the activations' memory format in every call. Where the weights are
-// larger than the activations, as behind the last maps of small images, those go to theirs instead.
-bool follows_weights(const at::Tensor& weight, int64_t activations) {
-  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-  return weight.numel() > activations && output_format(weight) != kLast &&
-         !weight.is_contiguous(kLast);
-}
-
-ConvGeometry geometry_of(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
-                         int64_t padding, int64_t dilation) {
-  const int64_t groups = input.size(1) / weight.size(1);
-  return {{stride, stride}, {padding, padding}, {dilation, dilation}, groups};
 }
 
 }  // namespace
@@ -164,41 +149,6 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
   if (!run(grad_output, turned(filters_of(wide, groups)), std::nullopt, shape, algorithm, y))
     return aten();
   return as_asked(y);
-}
-
-std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
-                                              const at::Tensor& input, const at::Tensor& weight,
-                                              at::IntArrayRef stride, at::IntArrayRef padding,
-                                              at::IntArrayRef dilation, int64_t groups,
-                                              std::array<bool, 2> output_mask) {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const auto g = check_geometry(stride, padding, dilation, groups);
-  if (is_product(input, weight, g, Pass::kWgrad) && output_mask[0] && !output_mask[1]) {
-    const auto grad_weight = product_wgrad(grad_output, input, weight, g);
-    return {grad_weight.contiguous(output_format(weight)), weight.new_empty({0})};
-  }
-  const bool widen = input.scalar_type() == at::kBFloat16 && bfloat16_unit() == Bfloat16Unit::kNone;
-  const auto dtype = widen ? at::kFloat : input.scalar_type();
-  const bool follow = follows_weights(weight, grad_output.numel() + input.numel());
-  const auto operand = [&](const at::Tensor& t) {
-    return follow ? t.to(dtype).contiguous() : t.to(dtype);
-  };
-  const auto x = operand(input);
-  const bool last = output_format(x) == at::MemoryFormat::ChannelsLast ||
-                    output_format(weight) == at::MemoryFormat::ChannelsLast;
-  const auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  // Of the weights only the shape counts, but ATen would bring their values to its format, too.
-  const bool fits = weight.scalar_type() == dtype && weight.is_contiguous(format);
-  const auto shaped = fits ? weight : at::empty(weight.sizes(), x.options().memory_format(format));
-  const std::array<int64_t, 1> outputs{weight.size(0)};
-  const auto [_, grad_weight, grad_bias] = at::convolution_backward(
-      operand(grad_output), x, shaped, at::IntArrayRef(outputs), stride, padding, dilation,
-      /*transposed=*/false, {0, 0}, groups, {false, output_mask[0], output_mask[1]});
-  const auto narrow = [&](const at::Tensor& t) {
-    return t.defined() ? t.to(weight.scalar_type()) : weight.new_empty({0});
-  };
-  if (!output_mask[0]) return {narrow(grad_weight), narrow(grad_bias)};
-  return {narrow(grad_weight).contiguous(output_format(weight)), narrow(grad_bias)};
 }
 
 at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const at::Tensor& weight,

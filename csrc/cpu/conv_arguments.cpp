@@ -44,6 +44,12 @@ std::array<int64_t, 4> output_size(const at::Tensor& input, const at::Tensor& we
   return size;
 }
 
+ConvGeometry geometry_of(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                         int64_t padding, int64_t dilation) {
+  const int64_t groups = input.size(1) / weight.size(1);
+  return {{stride, stride}, {padding, padding}, {dilation, dilation}, groups};
+}
+
 ConvShape shape_of(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   const auto size = output_size(x, weight, g);
   return {x.size(0),      x.size(2),      x.size(3), x.size(1), weight.size(0),
@@ -56,6 +62,12 @@ at::Tensor in_channels_last(const at::Tensor& t) {
   if (output_format(dense) == at::MemoryFormat::ChannelsLast) return dense;
   const int64_t c = t.size(1), row = t.size(3) * c;
   return dense.as_strided(t.sizes(), {t.size(2) * row, 1, row, c});
+}
+
+bool follows_weights(const at::Tensor& weight, int64_t activations) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  return weight.numel() > activations && output_format(weight) != kLast &&
+         !weight.is_contiguous(kLast);
 }
 
 }  // namespace fastres::cpu

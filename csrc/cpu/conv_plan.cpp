@@ -121,12 +121,14 @@ bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
 
 void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
 
+int64_t largest_winograd_tile() { return largest_tile.load(std::memory_order_relaxed); }
+
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice) {
   using enum ConvAlgorithm;
   if (capability() == Capability::kDefault) return kOneDnn;
   if (shape.groups > 1) return choose_grouped(shape, choice);
   const auto direct = choice.bf16 && can_compute(kDirectBf16, shape) ? kDirectBf16 : kDirect;
-  const int64_t largest = largest_tile.load(std::memory_order_relaxed);
+  const int64_t largest = largest_winograd_tile();
   const auto cost = [&](ConvAlgorithm a) {
     if (is_winograd(a) && winograd_form(a, shape.r).m > largest) {
       return std::numeric_limits<double>::infinity();

@@ -55,6 +55,7 @@ struct ConvChoice {
 // The largest tile that Winograd may use, for the whole process: larger ones save more work and
 // round more. 0 for none of them; without a limit at first.
 void limit_winograd_tile(int64_t pixels);
+int64_t largest_winograd_tile();
 
 // The fastest by a model of the work and of the traffic of weights.
 ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice);

@@ -12,16 +12,6 @@
 namespace fastres::cpu {
 namespace {
 
-bool is_intel() {
-#if defined(FASTRES_X86)
-  __builtin_cpu_init();
-  static const bool intel = __builtin_cpu_is("intel");
-  return intel;
-#else
-  return false;
-#endif
-}
-
 // Pixels of the output up to which products are ahead. Measured in float32 on a Xeon and on Zen 4,
 // where MKL's are behind by 4 to 10 % at 1568 pixels; in bfloat16, where the product is oneDNN's,
 // too, on Zen 4: a ResNet-50's last maps of 8 images, 392 pixels, take 0.40 to 0.96 of the

@@ -81,6 +81,60 @@ struct JobTiles {
   }
 };
 
+// A tile of NHWC maps, of which some pixels may lie beyond the borders: those are zeros. The
+// strides are copied, for the compiler reads members of a shape again after everything that is
+// written.
+template <int rows, int columns, typename T>
+class TilePixels {
+ public:
+  // Of h x w pixels of c channels; (top, left) is the corner in the n-th.
+  TilePixels(const T* maps, int64_t n, int64_t h, int64_t w, int64_t c, int64_t top, int64_t left)
+      : origin_(maps + ((n * h + top) * w + left) * c), row_(w * c), column_(c) {
+    for (int y = 0; y < rows; ++y) {
+      for (int x = 0; x < columns; ++x) {
+        const bool inside = top + y >= 0 && top + y < h && left + x >= 0 && left + x < w;
+        inside_ |= uint64_t{inside} << (y * columns + x);
+      }
+    }
+  }
+
+  // transform(load), where load(y, x) gives the vector of channels from c on.
+  template <typename Transform>
+  FASTRES_INLINE void load(int64_t c, const Transform& transform) const {
+    constexpr uint64_t kAll = (uint64_t{1} << rows * columns) - 1;
+    const T* const first = origin_ + c;
+    const int64_t row = row_, column = column_, lanes = std::max(column - c, int64_t{0});
+    if (inside_ == kAll && lanes >= kVec) {
+      transform([&](int y, int x)
+                    FASTRES_INLINED { return load_vec(first + y * row + x * column); });
+    } else {
+      const uint64_t inside = inside_;
+      transform([&](int y, int x) FASTRES_INLINED {
+        return inside >> (y * columns + x) & 1 ? load_vec(first + y * row + x * column, lanes)
+                                               : Vec(0.0f);
+      });
+    }
+  }
+
+ private:
+  const T* origin_;
+  int64_t row_, column_;
+  uint64_t inside_ = 0;  // a bit for every pixel
+};
+
+// What a tile of so many rows and columns of the output is computed from, at stride 1.
+template <int rows, int columns, int r, typename T>
+TilePixels<rows + r - 1, columns + r - 1, T> input_tile(const ConvShape& shape, const T* input,
+                                                        const Corner& corner) {
+  return {input,
+          corner.n,
+          shape.h,
+          shape.w,
+          shape.c,
+          corner.p - shape.padding[0],
+          corner.q - shape.padding[1]};
+}
+
 // B^T d B of one vector of channels, for a tile of so many rows and columns: load(y, x) gives the
 // tile's values, store(y, x, value) gets the transform's.
 template <int rows, int columns, int r, typename Load, typename Store>

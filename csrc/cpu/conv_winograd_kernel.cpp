@@ -9,29 +9,16 @@ template <int height, int width, int m, typename T>
 FASTRES_INLINE void gather_tile(const ConvShape& shape, const T* input, const Corner& corner,
                                 int64_t count, float* rows, int64_t position_stride) {
   constexpr int kIn = Tiling<m, 3>::kIn;
-  const int64_t top = corner.p - shape.padding[0], left = corner.q - shape.padding[1];
-  const T* const origin = input + ((corner.n * shape.h + top) * shape.w + left) * shape.c;
-  const bool inner =
-      top >= 0 && left >= 0 && top + height + 2 <= shape.h && left + width + 2 <= shape.w;
-  for (int64_t c = 0; c < round_up(shape.c, kChunk); c += kVec) {
+  const auto pixels = input_tile<height, width, 3>(shape, input, corner);
+  const int64_t channels = round_up(shape.c, kChunk);
+  for (int64_t c = 0; c < channels; c += kVec) {
     float* const out = rows + c / kChunk * count * kChunk + c % kChunk;
-    const int64_t lanes = std::max(shape.c - c, int64_t{0});
-    const auto store = [&](int y, int x, Vec value) FASTRES_INLINED {
-      const int position = Tiling<height, 3>::place(y) * kIn + Tiling<width, 3>::place(x);
-      value.store(out + position * position_stride);
-    };
-    if (inner && lanes >= kVec) {
-      transform_input<height, width, 3>(
-          [&](int y, int x) { return load_vec(origin + (y * shape.w + x) * shape.c + c); }, store);
-    } else {
-      transform_input<height, width, 3>(
-          [&](int y, int x) {
-            const bool inside =
-                top + y >= 0 && top + y < shape.h && left + x >= 0 && left + x < shape.w;
-            return inside ? load_vec(origin + (y * shape.w + x) * shape.c + c, lanes) : Vec(0.0f);
-          },
-          store);
-    }
+    pixels.load(c, [&](const auto& load) FASTRES_INLINED {
+      transform_input<height, width, 3>(load, [&](int y, int x, Vec value) FASTRES_INLINED {
+        const int position = Tiling<height, 3>::place(y) * kIn + Tiling<width, 3>::place(x);
+        value.store(out + position * position_stride);
+      });
+    });
   }
 }
 

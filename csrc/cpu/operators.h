@@ -49,9 +49,19 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t padding,
                    int64_t dilation);
 
+// The weight's gradient by name: winograd2 or winograd4.
+at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_output,
+                         const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                         int64_t padding);
+
 // What computes a convolution of float32 tensors of these shapes: one of those, or "onednn".
 std::string conv_algorithm(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
                            int64_t padding, int64_t dilation, bool training);
+
+// What computes the weight's gradient: one of those, "product" (see conv_product.h) or "aten".
+std::string conv_wgrad_algorithm(const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& weight, int64_t stride, int64_t padding,
+                                 int64_t dilation);
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,

@@ -1,5 +1,7 @@
 // One-dimensional transforms of F(m, r): y = D A^T ((G g) * (B^T d)), Lavin & Gray 2016, with a
-// diagonal D that the caller applies: y[i] is output()'s i-th result times kScale[i].
+// diagonal D that the caller applies: y[i] is output()'s i-th result times kScale[i]. What the
+// gradient of the filters needs, transposed_output() gives A D y, is the same read backwards:
+// dg = G^T ((A D dy) * (B^T d)).
 //
 // The points decide how much is lost. With 0, a, -a, 2a, -2a and infinity the customary a = 1 loses
 // a factor of four in accuracy against a = 3/4, which balances the powers that the sums are
@@ -30,6 +32,14 @@ struct Winograd<2, 3> {
   static inline void output(const V (&t)[4], V (&y)[2]) {
     y[0] = t[0] + (t[1] + t[2]);
     y[1] = (t[1] - t[2]) + t[3];
+  }
+
+  template <typename V>
+  static inline void transposed_output(const V (&y)[2], V (&t)[4]) {
+    t[0] = y[0];
+    t[1] = y[0] + y[1];
+    t[2] = y[0] - y[1];
+    t[3] = y[1];
   }
 };
 
@@ -75,6 +85,20 @@ struct Winograd<4, 3> : WinogradOfSix {
     y[2] = fmadd(four, far_sum, near_sum);
     y[3] = fmadd(eight, far_difference, near_difference) + t[5];
   }
+
+  template <typename V>
+  static inline void transposed_output(const V (&y)[4], V (&t)[6]) {
+    const auto v = [](double value) { return V(static_cast<float>(value)); };
+    const V even_near = fmadd(v(a * a), y[2], y[0]), even_far = fmadd(v(b * b), y[2], y[0]);
+    const V odd_near = fmadd(v(a * a * a), y[3], v(a) * y[1]);
+    const V odd_far = fmadd(v(b * b * b), y[3], v(b) * y[1]);
+    t[0] = y[0];
+    t[1] = even_near + odd_near;
+    t[2] = even_near - odd_near;
+    t[3] = even_far + odd_far;
+    t[4] = even_far - odd_far;
+    t[5] = v(a * a * a) * y[3];
+  }
 };
 
 // F(4, 3)'s points without -b, and its filters, so that tiles of either size meet the same weights:
@@ -104,6 +128,17 @@ struct Winograd<3, 3> {
     y[0] = (t[0] + near_sum) + t[3];
     y[1] = fmadd(V(2.0f), t[3], t[1] - t[2]);
     y[2] = fmadd(V(4.0f), t[3], near_sum) + t[4];
+  }
+
+  template <typename V>
+  static inline void transposed_output(const V (&y)[3], V (&t)[5]) {
+    const auto v = [](double value) { return V(static_cast<float>(value)); };
+    const V even = fmadd(v(a * a), y[2], y[0]), odd = v(a) * y[1];
+    t[0] = y[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = fmadd(v(b * b), y[2], fmadd(v(b), y[1], y[0]));
+    t[4] = v(a * a) * y[2];
   }
 };
 
