@@ -164,6 +164,7 @@ def test_who_computes_what_at_stride_2():
     for planes in (64, 128):  # the inputs of ResNet-18's and of ResNet-50's second stage
         assert chosen(1, planes, 56, 128, 3, 2) == chosen(8, planes, 56, 128, 3, 2) == "polyphase"
     assert chosen(8, 128, 28, 256, 3, 2) == chosen(8, 256, 28, 256, 3, 2) == "polyphase"
+    assert chosen(8, 256, 14, 512, 3, 2) == ("polyphase_plain" if WIDE else "polyphase")
     for size, planes in ((28, 256), (14, 512)):
         few = "polyphase_plain" if WIDE else "onednn"
         assert chosen(1, planes // 2, size, planes, 3, 2) == few

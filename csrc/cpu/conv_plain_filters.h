@@ -80,10 +80,11 @@ struct PlainRow {
 // At one phase and one chunk of channels.
 template <typename Form, int kPoint, int kRowPhase, int kColumnPhase, typename Sums>
 FASTRES_INLINE void multiply_phase(const PlainRow& in, const float* rows, const float* filter,
-                                   Sums& sums) {
+                                   Prefetch& coming, Sums& sums) {
   constexpr int kStride = Form::kStride;
   constexpr auto taps_at = [](int phase) { return (2 - phase) / kStride + 1; };
   for (int64_t c = 0; c < kChunk; ++c, filter += kTaps * kVec) {
+    coming.step();
     const auto column = [&](int s) FASTRES_INLINED {
       return Form::W::template filter_at<kPoint, taps_at(kRowPhase)>([&](int r) FASTRES_INLINED {
         const int tap = (r * kStride + kRowPhase) * 3 + s * kStride + kColumnPhase;
@@ -108,24 +109,25 @@ FASTRES_INLINE void multiply_phase(const PlainRow& in, const float* rows, const 
 }
 
 template <typename Form, int kPoint, int kTiles, int kWide>
-__attribute__((noinline)) void multiply_row(const PlainRow& given, Prefetch& coming) {
+__attribute__((noinline)) void multiply_row(const PlainRow& given, Prefetch& following) {
   const PlainRow in = given;
+  Prefetch coming = following;
   RowSums<Form::kIn, kTiles, kWide> sums;
   const float* rows = in.rows;
   const float* filter = in.filters;
   for (int64_t i = 0; i < in.chunks; ++i) {
-    coming.step();
-    multiply_phase<Form, kPoint, 0, 0>(in, rows, filter, sums);
+    multiply_phase<Form, kPoint, 0, 0>(in, rows, filter, coming, sums);
     if constexpr (Form::kStride == 2) {
-      multiply_phase<Form, kPoint, 0, 1>(in, rows, filter, sums);
+      multiply_phase<Form, kPoint, 0, 1>(in, rows, filter, coming, sums);
       if constexpr (kPoint + 1 < Form::kIn) {
-        multiply_phase<Form, kPoint, 1, 0>(in, rows, filter, sums);
-        multiply_phase<Form, kPoint, 1, 1>(in, rows, filter, sums);
+        multiply_phase<Form, kPoint, 1, 0>(in, rows, filter, coming, sums);
+        multiply_phase<Form, kPoint, 1, 1>(in, rows, filter, coming, sums);
       }
     }
     rows += in.chunk_stride;
     filter += kChunk * kTaps * kVec;
   }
+  following = coming;
   sums.for_each([&]<int place>(const auto& here) FASTRES_INLINED {
     const auto& scale = Form::W::kPlainScale;
     here.add_to(in.sums + place * in.sums_stride,
@@ -185,7 +187,8 @@ class PlainFilters {
  private:
   // At least, of some chunks.
   int64_t steps(int64_t chunks) const {
-    return (kIn - 1) * ceil_div(tiles_.count, kPlainTiles) * chunks;
+    const int64_t groups = ceil_div(tiles_.count, kPlainTiles);
+    return (kIn - 1) * groups * chunks * kChunk * kStride * kStride;
   }
 
   // From one row of positions on, every tile that has them.

@@ -137,7 +137,7 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice)
   const auto direct = choice.bf16 && can_compute(kDirectBf16, shape) ? kDirectBf16 : kDirect;
   const int64_t largest = largest_tile.load(std::memory_order_relaxed);
   // Without the registers for four tiles, transforming filters would take too large a share.
-  const bool plain = capability() == Capability::kAvx512;
+  const bool plain = capability() == Capability::kAvx512 && !choice.pack;
   const auto cost = [&](ConvAlgorithm a) {
     if (is_winograd(a) && winograd_form(a, shape.r).m > largest) {
       return std::numeric_limits<double>::infinity();
