@@ -165,8 +165,8 @@ def test_who_computes_what_at_stride_2():
         assert chosen(1, planes, 56, 128, 3, 2) == chosen(8, planes, 56, 128, 3, 2) == "polyphase"
     assert chosen(8, 128, 28, 256, 3, 2) == chosen(8, 256, 28, 256, 3, 2) == "polyphase"
     assert chosen(8, 256, 14, 512, 3, 2) == ("polyphase_plain" if WIDE else "polyphase")
-    for size, planes in ((28, 256), (14, 512)):
-        few = "polyphase_plain" if WIDE else "onednn"
+    for size, planes, narrow in ((28, 256, "polyphase"), (14, 512, "onednn")):
+        few = "polyphase_plain" if WIDE else narrow
         assert chosen(1, planes // 2, size, planes, 3, 2) == few
         assert chosen(1, planes, size, planes, 3, 2) == few
     assert chosen(1, 64, 56, 64, 5, 2) == chosen(8, 3, 224, 32, 3, 2) == "onednn"
