@@ -24,10 +24,13 @@ WINOGRAD_SHAPES = [
     (1, 40, 3, 3, 5, 3, 1, 1, 1),  # less than one tile
     (1, 8, 6, 6, 70, 3, 1, 2, 1),
     (1, 512, 7, 7, 32, 3, 1, 1, 1),
+    (1, 33, 11, 14, 20, 3, 1, 1, 1),  # four tiles of every kind, in groups of four and one
 ]
 POLYPHASE_SHAPES = [
     (2, 32, 12, 12, 40, 3, 2, 1, 1),
     (1, 17, 19, 11, 33, 3, 2, 1, 1),  # odd sizes, channels fill no vector
+    (1, 512, 14, 14, 32, 3, 2, 1, 1),
+    (1, 33, 21, 28, 20, 3, 2, 1, 1),  # tiles of every kind
     (1, 4, 21, 23, 70, 3, 2, 0, 1),  # four phases of four channels fill one chunk
     (3, 1, 8, 3, 1, 3, 2, 2, 1),
     (2, 3, 13, 11, 5, 7, 2, 3, 1),
@@ -45,8 +48,9 @@ SHAPES = [
 ]
 CASES = [
     *((shape, "direct") for shape in SHAPES),
-    *itertools.product(WINOGRAD_SHAPES, ("winograd2", "winograd4")),
+    *itertools.product(WINOGRAD_SHAPES, ("winograd2", "winograd4", "winograd4_plain")),
     *((shape, "polyphase") for shape in POLYPHASE_SHAPES),
+    *((s, "polyphase_plain") for s in POLYPHASE_SHAPES if s[5] == 3 and s[1] > 4),
 ]
 
 
@@ -116,8 +120,8 @@ def test_products_of_bfloat16_are_refused_where_there_are_none():
 @pytest.mark.parametrize(
     "shape, algorithms",
     [
-        ((2, 512, 14, 14, 64, 3, 1, 1, 1), ("direct", "winograd2", "winograd4")),
-        ((2, 512, 14, 14, 64, 3, 2, 1, 1), ("direct", "polyphase")),
+        ((2, 512, 14, 14, 64, 3, 1, 1, 1), ("direct", "winograd2", "winograd4", "winograd4_plain")),
+        ((2, 512, 14, 14, 64, 3, 2, 1, 1), ("direct", "polyphase", "polyphase_plain")),
         ((1, 3, 96, 96, 64, 7, 2, 3, 1), ("direct", "polyphase")),
     ],
 )
@@ -131,6 +135,10 @@ def test_winograd_is_as_accurate_as_documented(shape, algorithms):
         assert (ours - truth).abs().max() <= 4e-6 * truth.abs().max()
 
 
+# Plain filters are for processors with so many registers.
+WIDE = ops.extension and ops.extension.build_info()["cpu_capability"] == "AVX512"
+
+
 def chosen(n, c, size, k, r, stride=1, training=False):
     x, w = torch.empty(n, c, size, size, device="meta"), torch.empty(k, c, r, r, device="meta")
     return ops.extension.conv_algorithm(x, w, stride, r // 2, 1, training)
@@ -139,9 +147,12 @@ def chosen(n, c, size, k, r, stride=1, training=False):
 def test_who_computes_what():
     """Of ResNet's convolutions: Winograd has 3x3 at stride 1, its polyphase form 7x7 and the larger
     maps of 3x3 at stride 2, the direct kernel 1x1, and oneDNN the others. Deep filters on few pixels
-    are read once for little work: there tiles are small, or none."""
+    are read once for little work: there they stay as they are."""
+    plain = WIDE * "_plain"
     assert [chosen(8, 64, 56, 64, 3), chosen(8, 128, 28, 128, 3)] == ["winograd4"] * 2
-    assert chosen(1, 512, 7, 512, 3) == "winograd2"
+    assert chosen(1, 64, 56, 64, 3) == chosen(1, 128, 28, 128, 3) == "winograd4"
+    assert chosen(1, 512, 7, 512, 3) == ("winograd4_plain" if WIDE else "winograd2")
+    assert chosen(1, 256, 14, 256, 3) == "winograd4" + plain
     assert chosen(8, 256, 14, 256, 3) == "winograd4"
     assert chosen(8, 64, 56, 256, 1) == chosen(1, 2048, 7, 512, 1) == "direct"
     assert chosen(1, 256, 56, 512, 1, 2) == "direct"
@@ -153,9 +164,11 @@ def test_who_computes_what_at_stride_2():
     for planes in (64, 128):  # the inputs of ResNet-18's and of ResNet-50's second stage
         assert chosen(1, planes, 56, 128, 3, 2) == chosen(8, planes, 56, 128, 3, 2) == "polyphase"
     assert chosen(8, 128, 28, 256, 3, 2) == chosen(8, 256, 28, 256, 3, 2) == "polyphase"
-    for size, planes in ((28, 256), (14, 512)):
-        assert chosen(1, planes // 2, size, planes, 3, 2) == "onednn"
-        assert chosen(1, planes, size, planes, 3, 2) == "onednn"
+    assert chosen(8, 256, 14, 512, 3, 2) == ("polyphase_plain" if WIDE else "polyphase")
+    for size, planes, narrow in ((28, 256, "polyphase"), (14, 512, "onednn")):
+        few = "polyphase_plain" if WIDE else narrow
+        assert chosen(1, planes // 2, size, planes, 3, 2) == few
+        assert chosen(1, planes, size, planes, 3, 2) == few
     assert chosen(1, 64, 56, 64, 5, 2) == chosen(8, 3, 224, 32, 3, 2) == "onednn"
     assert chosen(1, 128, 28, 256, 3, 2, training=True) == "onednn"  # packing costs too much
 
@@ -163,7 +176,9 @@ def test_who_computes_what_at_stride_2():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_where_it_is(bad):
     """A transform would spread it over a whole tile."""
-    for stride, algorithm in ((1, "winograd4"), (2, "polyphase")):
+    for stride, algorithm in (
+        (1, "winograd4"), (1, "winograd4_plain"), (2, "polyphase"), (2, "polyphase_plain"),
+    ):  # fmt: skip
         input, weight, _ = operands((1, 64, 40, 40, 64, 3, stride, 1, 1))
         input[0, 3, 11, 12] = bad
         with pytest.raises(RuntimeError, match="not finite"):
@@ -183,6 +198,39 @@ def test_values_that_only_a_transform_overflows():
     eager = F.conv2d(input, weight, padding=1).relu()
     assert eager.isfinite().all()
     torch.testing.assert_close(site(input, weight) / 1e37, eager / 1e37, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride, algorithm", [(1, "winograd4_plain"), (2, "polyphase_plain")])
+def test_filters_that_are_not_finite(stride, algorithm):
+    """Whichever tap it is, what it meets is not finite; other channels are as they were."""
+    for row, column in itertools.product(range(3), repeat=2):
+        input, weight, _ = operands((1, 64, 13, 13, 64, 3, stride, 1, 1))
+        weight[5, 7, row, column] = float("inf")
+        with pytest.raises(RuntimeError, match="not finite"):
+            ops.extension.conv_by(algorithm, input, weight, None, stride, 1, 1)
+        eager = F.conv2d(input, weight, None, stride, 1).relu()
+        ours = site(input, weight, stride)
+        assert torch.equal(ours.isnan(), eager.isnan())
+        torch.testing.assert_close(ours, eager, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not WIDE, reason="plain filters are for AVX-512")
+@pytest.mark.parametrize("stride, algorithm", [(1, "winograd4_plain"), (2, "polyphase_plain")])
+def test_plain_filters_follow_their_parameter(stride, algorithm):
+    """The few tiles of one image meet plain filters, those of many images transformed ones; both
+    are kept and neither outlives a change of the weight."""
+    shape = (1, 256, 7 * stride, 7 * stride, 256, 3, stride, 1, 1)
+    few, weight, _ = operands(shape)
+    assert ops.extension.conv_algorithm(few, weight, stride, 1, 1, False) == algorithm
+    many = few.expand(32, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    assert not ops.extension.conv_algorithm(many, weight, stride, 1, 1, False).endswith("plain")
+    for change in (lambda: None, weight.zero_, lambda: weight.add_(0.01)):
+        change()
+        for input in (few, many):
+            expected = F.conv2d(input, weight, None, stride, 1).relu()
+            ours = [site(input, weight, stride) for _ in "ab"]
+            assert torch.equal(*ours)
+            torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def site(input, weight, stride=1):
@@ -264,7 +312,10 @@ def test_activations_and_weights_in_formats_of_their_own(size, stride, groups, d
         assert ours[index].is_contiguous(memory_format=memory_format), index
 
 
-@pytest.mark.parametrize("stride, algorithm", [(1, "winograd4"), (2, "polyphase")])
+@pytest.mark.parametrize(
+    "stride, algorithm",
+    [(1, "winograd4"), (1, "winograd4_plain"), (2, "polyphase"), (2, "polyphase_plain")],
+)
 def test_the_same_bits_again(stride, algorithm):
     input, weight, bias = operands((2, 64, 28, 28, 64, 3, stride, 1, 1))
     results = [ops.extension.conv_by(algorithm, input, weight, bias, stride, 1, 1) for _ in "ab"]
@@ -287,6 +338,8 @@ def test_refusals():
         ops.extension.conv_by("winograd4", input, weight, None, 2, 1, 1)
     with pytest.raises(ValueError, match="algorithm: polyphase does not compute"):
         ops.extension.conv_by("polyphase", input, weight, None, 1, 1, 1)
+    with pytest.raises(ValueError, match="algorithm: polyphase_plain does not compute"):
+        ops.extension.conv_by("polyphase_plain", input, weight, None, 2, 1, 1)  # four channels
 
 
 def test_conv_operators_pass_opcheck():

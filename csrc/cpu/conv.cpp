@@ -158,8 +158,8 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
   const auto shape = shape_of(input, weight, g);
   const auto y = empty_last({shape.n, shape.k, shape.p, shape.q}, input);
   const auto wide = weight.to(at::kFloat);
-  for (const auto a :
-       {kDirect, kDirectBf16, kGrouped, kGroupedBf16, kWinograd2, kWinograd4, kPolyphase}) {
+  for (const auto a : {kDirect, kDirectBf16, kGrouped, kGroupedBf16, kWinograd2, kWinograd4,
+                       kWinograd4Plain, kPolyphase, kPolyphasePlain}) {
     if (algorithm != name_of(a)) continue;
     const bool fits = channels_a_lane(a) == 1 || input.scalar_type() == at::kBFloat16;
     TORCH_CHECK_VALUE(fits && can_compute(a, shape), "algorithm: ", algorithm,
@@ -170,8 +170,8 @@ at::Tensor conv_by(const std::string& algorithm, const at::Tensor& input, const 
   }
   TORCH_CHECK_VALUE(
       false,
-      "algorithm: expected direct, direct_bf16, grouped, grouped_bf16, winograd2, winograd4 or "
-      "polyphase, got ",
+      "algorithm: expected direct, direct_bf16, grouped, grouped_bf16, winograd2, winograd4, "
+      "winograd4_plain, polyphase or polyphase_plain, got ",
       algorithm);
 }
 

@@ -25,12 +25,12 @@ using WinogradJob = bool(const ConvShape& shape, const ConvOperands<T>& operands
 // No dilation.
 template <typename T>
 struct WinogradKernels {
-  WinogradJob<T>*f2, *f4;  // F(2x2, 3x3) and F(4x4, 3x3), stride 1
+  WinogradJob<T>*f2, *f4, *f4_plain;  // F(2x2, 3x3) and F(4x4, 3x3), stride 1
 };
 
 template <typename T>
 struct PolyphaseKernels {
-  WinogradJob<T>*of3, *of7;  // F(4x4, 2x2) of 3x3 filters, F(3x3, 4x4) of 7x7, stride 2
+  WinogradJob<T>*of3, *of3_plain, *of7;  // F(4x4, 2x2) of 3x3 filters, F(3x3, 4x4) of 7x7, stride 2
 };
 
 template <typename T>
@@ -45,7 +45,8 @@ using PackJob = void(const FilterView& filters, Range panels, float* out);
 
 template <typename T>
 struct PackKernels {
-  PackJob *direct, *direct_bf16, *grouped, *grouped_bf16, *f2, *f4, *polyphase3, *polyphase7;
+  PackJob *direct, *direct_bf16, *grouped, *grouped_bf16;
+  PackJob *f2, *f4, *f4_plain, *polyphase3, *polyphase3_plain, *polyphase7;
 };
 
 FASTRES_DECLARE_KERNELS(PackKernels, pack_kernels)

@@ -43,6 +43,9 @@ FilterView turned(FilterView f) {
 }
 
 int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
+  if (is_plain(algorithm)) {
+    return round_up(filters.k, conv_panel()) * plain_depth(filters.c);
+  }
   if (is_winograd(algorithm)) {
     return round_up(filters.k, conv_panel()) * winograd_form(algorithm, filters.r).depth(filters.c);
   }
@@ -58,14 +61,16 @@ int64_t packed_values(const FilterView& filters, ConvAlgorithm algorithm) {
 void pack_filters(const FilterView& filters, ConvAlgorithm algorithm, float* out) {
   using enum ConvAlgorithm;
   static const auto kernels = FASTRES_SELECT_VECTOR_KERNELS(pack_kernels, float);
-  PackJob* const pack = algorithm == kDirect        ? kernels.direct
-                        : algorithm == kDirectBf16  ? kernels.direct_bf16
-                        : algorithm == kGrouped     ? kernels.grouped
-                        : algorithm == kGroupedBf16 ? kernels.grouped_bf16
-                        : algorithm == kWinograd2   ? kernels.f2
-                        : algorithm == kWinograd4   ? kernels.f4
-                        : filters.r == 3            ? kernels.polyphase3
-                                                    : kernels.polyphase7;
+  PackJob* const pack = algorithm == kDirect           ? kernels.direct
+                        : algorithm == kDirectBf16     ? kernels.direct_bf16
+                        : algorithm == kGrouped        ? kernels.grouped
+                        : algorithm == kGroupedBf16    ? kernels.grouped_bf16
+                        : algorithm == kWinograd2      ? kernels.f2
+                        : algorithm == kWinograd4      ? kernels.f4
+                        : algorithm == kWinograd4Plain ? kernels.f4_plain
+                        : algorithm == kPolyphasePlain ? kernels.polyphase3_plain
+                        : filters.r == 3               ? kernels.polyphase3
+                                                       : kernels.polyphase7;
   const int64_t panels = is_grouped(algorithm) ? form_of(filters, algorithm).panels()
                                                : ceil_div(filters.k, conv_panel());
   at::parallel_for(0, panels, 1,

@@ -5,6 +5,7 @@
 //   grouped, grouped_bf16: see conv_grouped.h
 //   F(m, r): [K / panel][(m + r - 1)^2][C rounded up to 16][panel], G g G^T of every filter g; at
 //   stride 2 the channels of all phases, see WinogradForm
+//   plain: [K / panel][half a panel][C rounded up to 16][tap][its outputs], the taps scaled
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -183,17 +183,36 @@ void pack_winograd(const FilterView& f, Range panels, float* out) {
   }
 }
 
+// Every tap scaled, see Winograd<m, r>::filter_at.
+template <int m, int r, int stride>
+void pack_plain(const FilterView& f, Range panels, float* out) {
+  const auto& powers = Winograd<m, r>::kScale;
+  const int64_t half = plain_depth(f.c) * kVec;
+  double row[kPanel];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    float* to = out + panel * 2 * half;
+    std::fill_n(to, 2 * half, 0.0f);
+    for (int64_t c = 0; c < f.c; ++c) {
+      for (int64_t y = 0; y < f.r; ++y) {
+        for (int64_t x = 0; x < f.s; ++x, to += kVec) {
+          load_tap(f, panel, y * f.r_stride + x * f.s_stride + c * f.c_stride, row);
+          const double scale = double{powers[y / stride]} * powers[x / stride];
+          for (int64_t k = 0; k < kPanel; ++k) {
+            to[k / kVec * half + k % kVec] = static_cast<float>(row[k] * scale);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
 PackKernels<T> pack_kernels() {
-  return {&pack_direct,
-          &pack_direct_bf16,
-          &pack_grouped_float,
-          &pack_grouped_bf16,
-          &pack_winograd<2, 3, 1>,
-          &pack_winograd<4, 3, 1>,
-          &pack_winograd<4, 2, 2>,
+  return {&pack_direct,           &pack_direct_bf16,       &pack_grouped_float,
+          &pack_grouped_bf16,     &pack_winograd<2, 3, 1>, &pack_winograd<4, 3, 1>,
+          &pack_plain<4, 3, 1>,   &pack_winograd<4, 2, 2>, &pack_plain<4, 2, 2>,
           &pack_winograd<3, 4, 2>};
 }
 

@@ -27,6 +27,7 @@ constexpr int64_t kWidestGroup = 64;
 constexpr double kBytes = 7;      // a cycle, of weights that are in no cache of the core
 constexpr double kTransform = 8;  // multiply-adds' time, a value of a transformed tile, in or out
 constexpr double kPack = 96;      // multiply-adds' time, a value of Winograd's filters
+constexpr double kPlain = 1.3;    // times as long, where filters are transformed anew for few tiles
 
 std::atomic<int64_t> largest_tile{std::numeric_limits<int64_t>::max()};
 
@@ -55,9 +56,11 @@ double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice&
   const auto outputs = static_cast<double>(round_up(shape.k, choice.panel));
   const auto sums = rows * static_cast<double>(work.positions) * outputs;
   const bool pack = choice.pack && is_winograd(algorithm);
-  const double products = rows * depth * outputs + (rows * depth + sums) * kTransform +
-                          (pack ? depth * outputs * kPack : 0);
-  return products / multiply_adds() + depth * outputs * sizeof(float) / kBytes;
+  const bool plain = is_plain(algorithm);
+  const auto filters = outputs * static_cast<double>(plain ? plain_depth(shape.c) : work.depth);
+  const double products = rows * depth * outputs * (plain ? kPlain : 1) +
+                          (rows * depth + sums) * kTransform + (pack ? filters * kPack : 0);
+  return products / multiply_adds() + filters * sizeof(float) / kBytes;
 }
 
 ConvAlgorithm choose_grouped(const ConvShape& shape, const ConvChoice& choice) {
@@ -94,15 +97,19 @@ const char* name_of(ConvAlgorithm algorithm) {
       return "winograd2";
     case ConvAlgorithm::kWinograd4:
       return "winograd4";
+    case ConvAlgorithm::kWinograd4Plain:
+      return "winograd4_plain";
     case ConvAlgorithm::kPolyphase:
       return "polyphase";
+    case ConvAlgorithm::kPolyphasePlain:
+      return "polyphase_plain";
   }
   return "";
 }
 
 WinogradForm winograd_form(ConvAlgorithm algorithm, int64_t filter) {
   if (algorithm == ConvAlgorithm::kWinograd2) return {2, 3, 1};
-  if (algorithm == ConvAlgorithm::kWinograd4) return {4, 3, 1};
+  if (!is_strided(algorithm)) return {4, 3, 1};
   return filter == 3 ? WinogradForm{4, 2, 2} : WinogradForm{3, 4, 2};
 }
 
@@ -113,10 +120,12 @@ bool can_compute(ConvAlgorithm algorithm, const ConvShape& shape) {
     return bfloat16_unit() == Bfloat16Unit::kVector && shape.c / shape.groups % 2 == 0;
   }
   if (!is_winograd(algorithm)) return true;
-  const bool strided = algorithm == ConvAlgorithm::kPolyphase;
-  const int64_t stride = strided ? 2 : 1;
-  return shape.dilation == Pair{1, 1} && shape.stride == Pair{stride, stride} &&
-         shape.r == shape.s && (shape.r == 3 || (strided && shape.r == 7));
+  const int64_t stride = is_strided(algorithm) ? 2 : 1;
+  if (shape.dilation != Pair{1, 1} || shape.stride != Pair{stride, stride} || shape.r != shape.s) {
+    return false;
+  }
+  if (is_plain(algorithm) && winograd_form(algorithm, 3).shares_chunk(shape.c)) return false;
+  return shape.r == 3 || (algorithm == ConvAlgorithm::kPolyphase && shape.r == 7);
 }
 
 void limit_winograd_tile(int64_t pixels) { largest_tile = pixels; }
@@ -129,6 +138,8 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice)
   if (shape.groups > 1) return choose_grouped(shape, choice);
   const auto direct = choice.bf16 && can_compute(kDirectBf16, shape) ? kDirectBf16 : kDirect;
   const int64_t largest = largest_winograd_tile();
+  // Without the registers for four tiles, transforming filters would take too large a share.
+  const bool plain = capability() == Capability::kAvx512 && !choice.pack;
   const auto cost = [&](ConvAlgorithm a) {
     if (is_winograd(a) && winograd_form(a, shape.r).m > largest) {
       return std::numeric_limits<double>::infinity();
@@ -136,15 +147,18 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, const ConvChoice& choice)
     return cycles(shape, a, choice);
   };
   if (can_compute(kWinograd4, shape) && largest > 0) {
-    return std::min({direct, kWinograd2, kWinograd4},
+    return std::min({direct, kWinograd2, kWinograd4, plain ? kWinograd4Plain : kWinograd4},
                     [&](auto a, auto b) { return cost(a) < cost(b); });
   }
   // Of few channels, 3x3 filters leave little to save, and larger ones less than oneDNN's products
   // of bfloat16 do (7x7: 5.9 against 6.7 ms, of 8 images).
   const bool onednn_bf16 = choice.bf16 && choice.onednn && choice.pack;
   const bool worthwhile = shape.r > 3 ? !onednn_bf16 : shape.c >= kChunk;
-  if (worthwhile && can_compute(kPolyphase, shape) && cost(kPolyphase) < cost(direct)) {
-    return kPolyphase;
+  if (worthwhile && can_compute(kPolyphase, shape)) {
+    const bool few =
+        plain && can_compute(kPolyphasePlain, shape) && cost(kPolyphasePlain) < cost(kPolyphase);
+    const auto own = few ? kPolyphasePlain : kPolyphase;
+    if (cost(own) < cost(direct)) return own;
   }
   if (direct == kDirectBf16) return direct;
   // Where every value is gathered once, that costs less than it saves; oneDNN gathers nothing.

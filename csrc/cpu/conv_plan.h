@@ -7,7 +7,8 @@ namespace fastres::cpu {
 
 // kAten and kOneDnn are the libraries'; the others are the project's own: the direct product, of
 // float32 values whatever the activations are or of bfloat16 values, the same for groups,
-// Winograd's F(2x2, 3x3) and F(4x4, 3x3), and its polyphase form for stride 2.
+// Winograd's F(2x2, 3x3) and F(4x4, 3x3), and its polyphase form for stride 2; plain are those
+// whose filters are transformed as they are multiplied.
 enum class ConvAlgorithm {
   kAten,
   kOneDnn,
@@ -17,12 +18,22 @@ enum class ConvAlgorithm {
   kGroupedBf16,
   kWinograd2,
   kWinograd4,
-  kPolyphase
+  kWinograd4Plain,
+  kPolyphase,
+  kPolyphasePlain
 };
 
 constexpr bool is_own(ConvAlgorithm algorithm) { return algorithm >= ConvAlgorithm::kDirect; }
 constexpr bool is_winograd(ConvAlgorithm algorithm) {
   return algorithm >= ConvAlgorithm::kWinograd2;
+}
+
+constexpr bool is_plain(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::kWinograd4Plain || algorithm == ConvAlgorithm::kPolyphasePlain;
+}
+
+constexpr bool is_strided(ConvAlgorithm algorithm) {
+  return algorithm >= ConvAlgorithm::kPolyphase;
 }
 
 constexpr bool is_grouped(ConvAlgorithm algorithm) {

@@ -1,5 +1,6 @@
 // Winograd convolution at stride 2, phase by phase: F(4x4, 2x2) of 3x3 filters takes 81
 // multiplications where the direct product takes 144, F(3x3, 4x4) of 7x7 filters 144 for 441.
+#include "conv_plain_filters.h"
 #include "conv_winograd.h"
 
 namespace fastres::cpu::CPU_CAPABILITY {
@@ -28,36 +29,35 @@ struct Origin {
   }
 };
 
-// One phase of a tile, all its channels; `rows` are the tile's.
-template <int m, int r, int row_phase, int column_phase, typename T>
-void gather_phase(const ConvShape& shape, const T* input, const Origin& origin, int64_t count,
-                  float* rows, int64_t position_stride) {
-  constexpr int kIn = Tiling<m, r>::kIn, kHeight = kIn - row_phase, kWidth = kIn - column_phase;
+// One phase of a tile of so many rows and columns, all its channels; `rows` are the tile's. Nothing
+// of an odd phase is stored at the last row or column of positions, the only ones that the last
+// pixels, of which it has one less, have a part in.
+template <int height, int width, int m, int r, typename T>
+void gather_phase(const ConvShape& shape, const T* input, const Origin& origin, int row_phase,
+                  int column_phase, int64_t count, float* rows, int64_t position_stride) {
+  constexpr int kIn = Tiling<m, r>::kIn;
   const int64_t chunks = ceil_div(shape.c, kChunk), size = chunks * count * kChunk;
   const bool inner = origin.is_inner(shape, 2 * kIn);
   for (int64_t c = 0; c < chunks * kChunk; c += kVec) {
     float* const out = rows + c / kChunk * count * kChunk + c % kChunk;
     const int64_t lanes = std::max(shape.c - c, int64_t{0});
     const auto store = [&](int y, int x, Vec value) FASTRES_INLINED {
-      if (y >= kHeight || x >= kWidth) return;
-      const int64_t columns = x + 1 < kIn ? 2 : 1;
-      value.store(out + (y * kIn + x) * position_stride +
+      const int row = Tiling<height, r>::place(y), column = Tiling<width, r>::place(x);
+      if (row + row_phase >= kIn || column + column_phase >= kIn) return;
+      const int64_t columns = column + 1 < kIn ? 2 : 1;
+      value.store(out + (row * kIn + column) * position_stride +
                   (row_phase * columns + column_phase) * size);
     };
     const auto at = [&](int y, int x) FASTRES_INLINED {
       return origin.pixel(shape, input, 2 * y + row_phase, 2 * x + column_phase) + c;
     };
     if (inner && lanes >= kVec) {
-      transform_input<m, m, r>(
-          [&](int y, int x) FASTRES_INLINED {
-            return y < kHeight && x < kWidth ? load_vec(at(y, x)) : Vec(0.0f);
-          },
-          store);
+      transform_input<height, width, r>(
+          [&](int y, int x) FASTRES_INLINED { return load_vec(at(y, x)); }, store);
     } else {
-      transform_input<m, m, r>(
+      transform_input<height, width, r>(
           [&](int y, int x) FASTRES_INLINED {
-            const bool inside = y < kHeight && x < kWidth &&
-                                origin.has(shape, 2 * y + row_phase, 2 * x + column_phase);
+            const bool inside = origin.has(shape, 2 * y + row_phase, 2 * x + column_phase);
             return inside ? load_vec(at(y, x), lanes) : Vec(0.0f);
           },
           store);
@@ -80,7 +80,7 @@ FASTRES_INLINE void copy_pair(const ConvShape& shape, const T* input, const Orig
 }
 
 // Few channels: a tile's phases side by side, [y][x][row's phase][column's phase][channel].
-template <int m, int r, typename T>
+template <int height, int width, int m, int r, typename T>
 void gather_shared(const ConvShape& shape, const T* input, const Origin& origin, float* rows,
                    int64_t position_stride) {
   constexpr int kIn = Tiling<m, r>::kIn;
@@ -96,11 +96,13 @@ void gather_shared(const ConvShape& shape, const T* input, const Origin& origin,
     }
   }
   for (int64_t c = 0; c < kChunk; c += kVec) {
-    transform_input<m, m, r>(
+    transform_input<height, width, r>(
         [&](int y, int x)
             FASTRES_INLINED { return Vec::loadu(pixels + (y * kIn + x) * kChunk + c); },
-        [&](int y, int x, Vec value)
-            FASTRES_INLINED { value.store(rows + c + (y * kIn + x) * position_stride); });
+        [&](int y, int x, Vec value) FASTRES_INLINED {
+          const int row = Tiling<height, r>::place(y), column = Tiling<width, r>::place(x);
+          value.store(rows + c + (row * kIn + column) * position_stride);
+        });
   }
 }
 
@@ -111,32 +113,46 @@ void gather_tiles(const ConvShape& shape, const T* input, const JobTiles& tiles,
   const bool shared = WinogradForm{m, r, 2}.shares_chunk(shape.c);
   for (int64_t row = 0; row < count; ++row, rows += kChunk) {
     const Origin origin(shape, tiles.corners[row]);
-    if (shared) {
-      gather_shared<m, r>(shape, input, origin, rows, position_stride);
-      continue;
-    }
-    gather_phase<m, r, 0, 0>(shape, input, origin, count, rows, position_stride);
-    gather_phase<m, r, 0, 1>(shape, input, origin, count, rows, position_stride);
-    gather_phase<m, r, 1, 0>(shape, input, origin, count, rows, position_stride);
-    gather_phase<m, r, 1, 1>(shape, input, origin, count, rows, position_stride);
+    with_size<m, r>(tiles.corners[row].kind, [&]<int height, int width>() {
+      if (shared) {
+        gather_shared<height, width, m, r>(shape, input, origin, rows, position_stride);
+        return;
+      }
+      for (int phase = 0; phase < 4; ++phase) {
+        gather_phase<height, width, m, r>(shape, input, origin, phase / 2, phase % 2, count, rows,
+                                          position_stride);
+      }
+    });
   }
+}
+
+template <int m, int r, typename Filters, typename T>
+bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+              float* scratch) {
+  return run_winograd<m, r, 2, Filters>(
+      shape, operands, tiles, panels, scratch,
+      [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
+        gather_tiles<m, r>(shape, operands.input, tiles, rows, position_stride);
+      });
 }
 
 template <int m, int r, typename T>
 bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
          float* scratch) {
-  return run_winograd<m, r, 2>(shape, operands, tiles, panels, scratch,
-                               [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
-                                 gather_tiles<m, r>(shape, operands.input, tiles, rows,
-                                                    position_stride);
-                               });
+  return run_with<m, r, TransformedFilters<m, r, 2, T>>(shape, operands, tiles, panels, scratch);
+}
+
+template <typename T>
+bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+               float* scratch) {
+  return run_with<4, 2, PlainFilters<4, 2, 2>>(shape, operands, tiles, panels, scratch);
 }
 
 }  // namespace
 
 template <typename T>
 PolyphaseKernels<T> polyphase_kernels() {
-  return {&run<4, 2, T>, &run<3, 4, T>};
+  return {&run<4, 2, T>, &run_plain<T>, &run<3, 4, T>};
 }
 
 template PolyphaseKernels<float> polyphase_kernels<float>();

@@ -38,7 +38,9 @@ template <typename T>
 WinogradJob<T>* winograd_job(ConvAlgorithm algorithm, const ConvShape& shape) {
   static const auto winograd = FASTRES_SELECT_VECTOR_KERNELS(winograd_kernels, T);
   static const auto polyphase = FASTRES_SELECT_VECTOR_KERNELS(polyphase_kernels, T);
+  if (algorithm == ConvAlgorithm::kPolyphasePlain) return polyphase.of3_plain;
   if (algorithm == ConvAlgorithm::kPolyphase) return shape.r == 3 ? polyphase.of3 : polyphase.of7;
+  if (algorithm == ConvAlgorithm::kWinograd4Plain) return winograd.f4_plain;
   return algorithm == ConvAlgorithm::kWinograd2 ? winograd.f2 : winograd.f4;
 }
 

@@ -50,9 +50,9 @@ struct WinogradForm {
   constexpr int64_t side() const { return m + r - 1; }
   constexpr int64_t positions() const { return side() * side(); }
 
-  // Whether tiles may be a row or a column shorter: a tile of F(4, 3) that is meets the same
-  // filters at five of the six points.
-  constexpr bool mixes() const { return m == 4 && r == 3; }
+  // Whether tiles may be a row or a column shorter: a tile of F(4, r) that is meets the same
+  // filters at all of the points but the last but one.
+  constexpr bool mixes() const { return m == 4; }
 
   // Of few channels, all phases fill one chunk together: [row's phase][column's][channel].
   constexpr bool shares_chunk(int64_t c) const { return stride == 2 && 4 * c <= kChunk; }
@@ -82,6 +82,9 @@ struct WinogradForm {
     return chunks(c, 0) * count * kChunk + kPositionSkew;
   }
 };
+
+// Values of plain 3x3 filters, an output channel.
+constexpr int64_t plain_depth(int64_t c) { return 9 * round_up(c, kChunk); }
 
 // Tiles along one dimension of the output. Where they would reach over its end the last ones, as
 // many as are needed, are one shorter if they may: 14 is 4 + 4 + 3 + 3, which saves a sixth of the

@@ -274,50 +274,80 @@ bool finish_tiles(const ConvShape& shape, const ConvOperands<T>& operands, const
   return (checked == checked).zero_mask() == 0;
 }
 
-// gather(tiles, rows, position_stride) transforms the tiles of the input into rows
-// [position][chunk][tile][16].
-template <int m, int r, int stride, typename T, typename Gather>
+// A job's transformed tiles, [position][chunk][tile][16], and the sums of one panel of channels,
+// [position][tile][kPanel]: in values from one position to the next.
+struct Positions {
+  float *rows, *sums;
+  int64_t rows_stride, sums_stride;
+};
+
+// The products of a panel at all positions, with filters that were transformed when they were
+// packed.
+template <int m, int r, int stride, typename T>
+class TransformedFilters {
+ public:
+  TransformedFilters(const ConvShape& shape, const ConvOperands<T>& operands,
+                     const WinogradGrid& grid, const JobTiles& tiles, Range range, int64_t panels)
+      : shape_(shape), operands_(operands), tiles_(tiles) {
+    coming_ = prefetch_tiles(shape, grid, operands.input, range,
+                             panels * tiles_of(tiles.count) * kForm.chunks(shape.c));
+    for (int64_t row = 0; row < tiles.count; ++row) {
+      const Corner& at = tiles.corners[row];
+      corners_[row] = ((at.n * shape.p + at.p) * shape.q + at.q) * shape.k;
+    }
+  }
+
+  void multiply(int64_t panel, const Positions& at) {
+    constexpr int kIn = Tiling<m, r>::kIn;
+    const float* weight = operands_.weight + panel * kForm.depth(shape_.c) * kPanel;
+    for (int position = 0; position < kIn * kIn; ++position) {
+      constexpr int kMissing = kForm.mixes() ? kIn - 2 : kIn;
+      const auto having = tiles_.having(position / kIn == kMissing, position % kIn == kMissing);
+      const Panels in{at.rows + position * at.rows_stride + having.begin * kChunk,
+                      tiles_.count * kChunk,
+                      weight,
+                      kForm.chunks(shape_.c, position),
+                      kZeros,
+                      kForm.chunk_depth(shape_.c)};
+      const int64_t pixel = (position / m * shape_.q + position % m) * shape_.k + panel * kPanel;
+      const T* const residual =
+          operands_.residual == nullptr ? nullptr : operands_.residual + pixel;
+      const ToSums<T> to{at.sums + position * at.sums_stride + having.begin * kPanel,
+                         position < m * m ? corners_ + having.begin : nullptr,
+                         operands_.output + pixel, residual};
+      multiply_panel(having.size(), in, coming_, to);
+      weight += in.weights();
+    }
+  }
+
+ private:
+  static constexpr WinogradForm kForm{m, r, stride};
+
+  const ConvShape& shape_;
+  const ConvOperands<T>& operands_;
+  const JobTiles& tiles_;
+  Prefetch coming_;
+  // A tile of rows may reach over the end by less than its height.
+  int64_t corners_[kMostTiles + kTileRows] = {};
+};
+
+// gather(tiles, rows, position_stride) transforms the tiles of the input. Filters is a class as the
+// one above.
+template <int m, int r, int stride, typename Filters, typename T, typename Gather>
 bool run_winograd(const ConvShape& shape, const ConvOperands<T>& operands, Range range,
                   Range panels, float* scratch, const Gather& gather) {
   constexpr WinogradForm kForm{m, r, stride};
-  constexpr int kIn = Tiling<m, r>::kIn;
-  constexpr int64_t kPositions = Tiling<m, r>::kPositions;
   const WinogradGrid grid(shape, kForm);
   const JobTiles tiles(grid, range);
-  const int64_t count = tiles.count, depth = kForm.depth(shape.c);
-  const int64_t in_stride = kForm.rows_stride(shape.c, count),
-                out_stride = count * kPanel + kPositionSkew;
-  float* const sums = scratch + kPositions * in_stride;
-  gather(tiles, scratch, in_stride);
-  auto coming = prefetch_tiles(shape, grid, operands.input, range,
-                               panels.size() * tiles_of(count) * kForm.chunks(shape.c));
-  // A tile of rows may reach over the end by less than its height.
-  int64_t corners[kMostTiles + kTileRows] = {};
-  for (int64_t row = 0; row < count; ++row) {
-    const Corner& at = tiles.corners[row];
-    corners[row] = ((at.n * shape.p + at.p) * shape.q + at.q) * shape.k;
-  }
+  const int64_t rows_stride = kForm.rows_stride(shape.c, tiles.count);
+  const Positions at{scratch, scratch + Tiling<m, r>::kPositions * rows_stride, rows_stride,
+                     tiles.count * kPanel + kPositionSkew};
+  gather(tiles, at.rows, at.rows_stride);
+  Filters filters(shape, operands, grid, tiles, range, panels.size());
   bool finite = true;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const float* weight = operands.weight + panel * depth * kPanel;
-    for (int position = 0; position < kPositions; ++position) {
-      const bool mixed = kForm.mixes();
-      const auto having = tiles.having(mixed && position / kIn == m, mixed && position % kIn == m);
-      const Panels in{scratch + position * in_stride + having.begin * kChunk,
-                      count * kChunk,
-                      weight,
-                      kForm.chunks(shape.c, position),
-                      kZeros,
-                      kForm.chunk_depth(shape.c)};
-      const int64_t pixel = (position / m * shape.q + position % m) * shape.k + panel * kPanel;
-      const T* const residual = operands.residual == nullptr ? nullptr : operands.residual + pixel;
-      const ToSums<T> to{sums + position * out_stride + having.begin * kPanel,
-                         position < m * m ? corners + having.begin : nullptr,
-                         operands.output + pixel, residual};
-      multiply_panel(having.size(), in, coming, to);
-      weight += in.weights();
-    }
-    finite &= finish_tiles<m, r>(shape, operands, tiles, panel * kPanel, sums, out_stride);
+    filters.multiply(panel, at);
+    finite &= finish_tiles<m, r>(shape, operands, tiles, panel * kPanel, at.sums, at.sums_stride);
   }
   return finite;
 }

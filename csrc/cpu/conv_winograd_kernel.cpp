@@ -1,4 +1,5 @@
 // Winograd convolution of 3x3 filters at stride 1.
+#include "conv_plain_filters.h"
 #include "conv_winograd.h"
 
 namespace fastres::cpu::CPU_CAPABILITY {
@@ -22,9 +23,9 @@ FASTRES_INLINE void gather_tile(const ConvShape& shape, const T* input, const Co
   }
 }
 
-template <int m, typename T>
-bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
-         float* scratch) {
+template <int m, typename Filters, typename T>
+bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+              float* scratch) {
   const auto gather = [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
     for (int64_t row = 0; row < tiles.count; ++row, rows += kChunk) {
       const auto& corner = tiles.corners[row];
@@ -34,14 +35,26 @@ bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, R
       });
     }
   };
-  return run_winograd<m, 3, 1>(shape, operands, tiles, panels, scratch, gather);
+  return run_winograd<m, 3, 1, Filters>(shape, operands, tiles, panels, scratch, gather);
+}
+
+template <int m, typename T>
+bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+         float* scratch) {
+  return run_with<m, TransformedFilters<m, 3, 1, T>>(shape, operands, tiles, panels, scratch);
+}
+
+template <typename T>
+bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+               float* scratch) {
+  return run_with<4, PlainFilters<4, 3, 1>>(shape, operands, tiles, panels, scratch);
 }
 
 }  // namespace
 
 template <typename T>
 WinogradKernels<T> winograd_kernels() {
-  return {&run<2, T>, &run<4, T>};
+  return {&run<2, T>, &run<4, T>, &run_plain<T>};
 }
 
 template WinogradKernels<float> winograd_kernels<float>();

@@ -75,6 +75,24 @@ struct Winograd<4, 3> : WinogradOfSix {
                                            {0, 0, 1 / (a * a * a)}};
   static constexpr float kScale[4] = {1, a, a * a, a * a * a};
 
+  // Of filters whose taps are scaled by powers of a the points are 0, 1, -1, 2, -2 and infinity:
+  // filter_at<i>() times this is kFilter's i-th row times the filter.
+  static constexpr double kPlainScale[6] = {1 / kZeroNorm, 1 / kNearNorm, 1 / kNearNorm,
+                                            1 / kFarNorm,  1 / kFarNorm,  1 / (a * a * a * a * a)};
+
+  // tap(i) gives the i-th scaled tap of three.
+  template <int point, int taps, typename Tap>
+  static inline auto filter_at(const Tap& tap) {
+    using V = decltype(tap(0));
+    if constexpr (point == 0 || point == 5) {
+      return tap(point == 0 ? 0 : 2);
+    } else {
+      const V even = point < 3 ? tap(0) + tap(2) : fmadd(V(4.0f), tap(2), tap(0));
+      const V odd = point < 3 ? tap(1) : tap(1) + tap(1);
+      return point % 2 == 1 ? even + odd : even - odd;
+    }
+  }
+
   template <typename V>
   static inline void output(const V (&t)[6], V (&y)[4]) {
     const V two(2.0f), four(4.0f), eight(8.0f);
@@ -102,7 +120,7 @@ struct Winograd<4, 3> : WinogradOfSix {
 };
 
 // F(4, 3)'s points without -b, and its filters, so that tiles of either size meet the same weights:
-// what those lack is made up for by the tile. Where it stands among the six: kPlaces.
+// what those lack is made up for by the tile. Where they stand among the six: kPlaces.
 template <>
 struct Winograd<3, 3> {
   static constexpr double a = WinogradOfSix::a, b = WinogradOfSix::b;
@@ -175,6 +193,22 @@ struct Winograd<4, 2> {
                                            {0, 1 / (a * a * a)}};
   static constexpr float kScale[4] = {1, a, a * a, a * a * a};
 
+  // As in F(4, 3): the points are 1, -1, 3, -3 and infinity, or there is only the first tap.
+  static constexpr double kPlainScale[5] = {1 / kNearNorm, -1 / kNearNorm, 1 / kFarNorm,
+                                            -1 / kFarNorm, 1 / (a * a * a * a)};
+
+  template <int point, int taps, typename Tap>
+  static inline auto filter_at(const Tap& tap) {
+    using V = decltype(tap(0));
+    if constexpr (taps == 1) {
+      return tap(0);
+    } else if constexpr (point < 2) {
+      return point == 0 ? tap(0) + tap(1) : tap(0) - tap(1);
+    } else {
+      return point == 4 ? tap(1) : fmadd(V(point == 2 ? 3.0f : -3.0f), tap(1), tap(0));
+    }
+  }
+
   template <typename V>
   static inline void input(const V (&d)[5], V (&t)[5]) {
     constexpr float near = a * a, far = b * b;
@@ -196,6 +230,32 @@ struct Winograd<4, 2> {
     y[1] = fmadd(V(3.0f), far_difference, near_difference);
     y[2] = fmadd(V(9.0f), far_sum, near_sum);
     y[3] = fmadd(V(27.0f), far_difference, near_difference) + t[4];
+  }
+};
+
+// F(4, 2)'s points without -b, and its filters, as F(3, 3) has F(4, 3)'s.
+template <>
+struct Winograd<3, 2> {
+  static constexpr double a = Winograd<4, 2>::a, b = Winograd<4, 2>::b;
+  static constexpr int kPlaces[4] = {0, 1, 2, 4};
+  static constexpr float kScale[3] = {1, a, a * a};
+
+  template <typename V>
+  static inline void input(const V (&d)[4], V (&t)[4]) {
+    const auto v = [](double value) { return V(static_cast<float>(value)); };
+    const V even = fmadd(v(-a * a), d[0], d[2]), odd = fmadd(v(-a * a), d[1], d[3]);
+    t[0] = v(a + b) * fmadd(v(a - b), d[1], fmadd(v(-a * b), d[0], d[2]));
+    t[1] = v(b - a) * fmadd(v(-a - b), d[1], fmadd(v(a * b), d[0], d[2]));
+    t[2] = v(2 * b) * even;
+    t[3] = v(a) * fmadd(v(-b), even, odd);
+  }
+
+  template <typename V>
+  static inline void output(const V (&t)[4], V (&y)[3]) {
+    const V near_sum = t[0] + t[1];
+    y[0] = near_sum + t[2];
+    y[1] = fmadd(V(3.0f), t[2], t[0] - t[1]);
+    y[2] = fmadd(V(9.0f), t[2], near_sum) + t[3];
   }
 };
 

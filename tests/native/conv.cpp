@@ -97,8 +97,9 @@ double expected(const Problem& p, int64_t n, int64_t y, int64_t x, int64_t k) {
 
 Values packed(const Problem& p, int64_t panel) {
   const auto& s = p.shape;
-  const int64_t each = is_winograd(p.algorithm) ? winograd_form(p.algorithm, s.r).depth(s.c)
-                                                : round_up(s.taps() * s.c, kChunk);
+  const int64_t each = is_plain(p.algorithm)      ? plain_depth(s.c)
+                       : is_winograd(p.algorithm) ? winograd_form(p.algorithm, s.r).depth(s.c)
+                                                  : round_up(s.taps() * s.c, kChunk);
   const int64_t k = s.k / s.groups, c = s.c / s.groups, filter = c * s.taps();
   const FilterView view{p.filters.data(), k,   c, s.r,      s.s,       filter,
                         s.taps(),         s.s, 1, s.groups, k * filter};
@@ -111,11 +112,13 @@ Values packed(const Problem& p, int64_t panel) {
     return out;
   }
   Values out(round_up(s.k, panel) * each);
-  auto* const pack = p.algorithm == kDirect      ? kernels.direct
-                     : p.algorithm == kWinograd2 ? kernels.f2
-                     : p.algorithm == kWinograd4 ? kernels.f4
-                     : s.r == 3                  ? kernels.polyphase3
-                                                 : kernels.polyphase7;
+  auto* const pack = p.algorithm == kDirect           ? kernels.direct
+                     : p.algorithm == kWinograd2      ? kernels.f2
+                     : p.algorithm == kWinograd4      ? kernels.f4
+                     : p.algorithm == kWinograd4Plain ? kernels.f4_plain
+                     : p.algorithm == kPolyphasePlain ? kernels.polyphase3_plain
+                     : s.r == 3                       ? kernels.polyphase3
+                                                      : kernels.polyphase7;
   pack(view, {0, ceil_div(s.k, panel)}, out.data());
   return out;
 }
@@ -137,10 +140,12 @@ void run_job(const Problem& p, const ConvOperands<float>& operands, const ConvJo
   using enum ConvAlgorithm;
   const auto winograd = AVX2::winograd_kernels<float>();
   const auto polyphase = AVX2::polyphase_kernels<float>();
-  auto* const run = p.algorithm == kWinograd2   ? winograd.f2
-                    : p.algorithm == kWinograd4 ? winograd.f4
-                    : p.shape.r == 3            ? polyphase.of3
-                                                : polyphase.of7;
+  auto* const run = p.algorithm == kWinograd2        ? winograd.f2
+                    : p.algorithm == kWinograd4      ? winograd.f4
+                    : p.algorithm == kWinograd4Plain ? winograd.f4_plain
+                    : p.algorithm == kPolyphasePlain ? polyphase.of3_plain
+                    : p.shape.r == 3                 ? polyphase.of3
+                                                     : polyphase.of7;
   if (!run(p.shape, operands, rows, panels, aligned)) std::exit(1);
 }
 
@@ -209,11 +214,14 @@ int main() {
       make_shape(1, 6, 7, 32, 64, 3, 1, 2, 2, 2), make_shape(1, 5, 5, 10, 20, 1, 1, 0, 1, 5)};
   for (const bool epilogue : {false, true}) {
     for (const auto& shape : winograd) {
-      for (const auto algorithm : {kDirect, kWinograd2, kWinograd4}) {
+      for (const auto algorithm : {kDirect, kWinograd2, kWinograd4, kWinograd4Plain}) {
         check(make_problem(shape, algorithm, epilogue));
       }
     }
-    for (const auto& shape : strided) check(make_problem(shape, kPolyphase, epilogue));
+    for (const auto& shape : strided) {
+      check(make_problem(shape, kPolyphase, epilogue));
+      if (shape.r == 3) check(make_problem(shape, kPolyphasePlain, epilogue));
+    }
     for (const auto& shape : grouped) check(make_problem(shape, kGrouped, epilogue));
     for (const auto& shape : direct) check(make_problem(shape, kDirect, epilogue));
   }
