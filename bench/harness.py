@@ -123,6 +123,10 @@ def formats(case: Case, provider: str, of_eager: str) -> list[str]:
 
 
 def ready(task: Task, provider: str, reference: list[Tensor], layouts: list[str]) -> Ready:
+    """A provider, warm. Eager's errors are those of its worse memory format: both are eager's
+    numbers, and of few outputs behind many layers the error of one is mostly chance (a ResNet-56's
+    ten logits, three seeds: 2.3, 2.6 and 2.8e-6 contiguous; 1.3, 1.5 and 1.9e-6 channels_last).
+    """
     if provider in external.PROVIDERS:
         run = external.PROVIDERS[provider](task.module, task.inputs, task.case.dtype)
         return Ready(lambda: [run()], "contiguous", errors([run()], reference))
@@ -130,7 +134,10 @@ def ready(task: Task, provider: str, reference: list[Tensor], layouts: list[str]
         calls = {name: build(task, provider, name) for name in layouts}
         outputs = {name: call() for name, call in calls.items()}
         chosen = timing.fastest(calls)
-    return Ready(calls[chosen], chosen, errors(outputs[chosen], reference))
+    found = {name: errors(output, reference) for name, output in outputs.items()}
+    if provider == "eager":
+        return Ready(calls[chosen], chosen, [max(each) for each in zip(*found.values())])
+    return Ready(calls[chosen], chosen, found[chosen])
 
 
 def build(task: Task, provider: str, memory_format: str) -> Call:

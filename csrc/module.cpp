@@ -11,6 +11,7 @@
 #include "cuda/info.h"
 #include "cuda/operators.h"
 #include "functional.h"
+#include "program.h"
 #include "sites.h"
 
 TORCH_LIBRARY_IMPL(fastres, CPU, m) {
@@ -131,6 +132,7 @@ void clear_cache() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of fastres; see fastres.ops for their schemas.";
   m.def("build_info", &build_info, "What this extension was built with and runs on.");
+  fastres::register_program(m);
   m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
   m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
   m.def("conv_bn_act_pool", &fastres::conv_bn_act_pool, "pool(act(bn(conv(input))))");

@@ -2,23 +2,18 @@
 
 #include <ATen/autocast_mode.h>
 
-#include <array>
+#include <cstring>
 #include <optional>
+#include <string>
 
 #include "arguments.h"
 #include "functional.h"
+#include "modules.h"
 
 namespace fastres {
 namespace {
 
 namespace py = pybind11;
-
-// Objects that live as long as the process, looked up once: borrowed pointers to them are safe.
-PyObject* keep(const char* module, const char* name) {
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
-
-PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
 
 struct Known {
   PyObject* const conv = keep("torch.nn", "Conv2d");
@@ -30,14 +25,6 @@ struct Known {
   PyObject* const mean_pool = keep("torch.nn", "AdaptiveAvgPool2d");
   PyObject* const max_pool = keep("torch.nn", "MaxPool2d");
   PyObject* const functional_relu = keep("torch.nn.functional", "relu");
-  const std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
-                                       intern("_backward_hooks"), intern("_backward_pre_hooks")};
-  const std::array<PyObject*, 4> global_hooks{
-      keep("torch.nn.modules.module", "_global_forward_hooks"),
-      keep("torch.nn.modules.module", "_global_forward_pre_hooks"),
-      keep("torch.nn.modules.module", "_global_backward_hooks"),
-      keep("torch.nn.modules.module", "_global_backward_pre_hooks")};
-  PyObject* const forward = intern("forward");
   PyObject* const parameters = intern("_parameters");
   PyObject* const buffers = intern("_buffers");
   PyObject* const weight = intern("weight");
@@ -60,51 +47,15 @@ struct Known {
   PyObject* const output_size = intern("output_size");
   PyObject* const start_dim = intern("start_dim");
   PyObject* const end_dim = intern("end_dim");
+  PyObject* const pool = intern("pool");
+  PyObject* const flatten_name = intern("flatten");
+  PyObject* const dim = intern("dim");
 };
 
 const Known& known() {
   static const auto* const instance = new Known;
   return *instance;
 }
-
-// A module of exactly this class, with nothing but its class's own forward in a call of it.
-class Plain {
- public:
-  Plain(PyObject* module, PyObject* cls) {
-    require(reinterpret_cast<PyObject*>(Py_TYPE(module)) == cls);
-    PyObject** const dict = _PyObject_GetDictPtr(module);
-    owned_ = dict != nullptr && *dict != nullptr
-                 ? py::reinterpret_borrow<py::object>(*dict)
-                 : py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-    require(PyDict_Check(owned_.ptr()) && find(owned_.ptr(), known().forward) == nullptr);
-    for (PyObject* name : known().hooks) require(is_empty(get(name)));
-    for (PyObject* hooks : known().global_hooks) require(is_empty(hooks));
-  }
-
-  // An attribute of the instance, borrowed.
-  PyObject* get(PyObject* name) const {
-    PyObject* const value = find(owned_.ptr(), name);
-    require(value != nullptr);
-    return value;
-  }
-
-  // A registered parameter or buffer; none where None is registered.
-  OptionalTensor tensor(PyObject* registry, PyObject* name) const {
-    PyObject* const value = find(get(registry), name);
-    require(value != nullptr);
-    return optional_tensor_of(value);
-  }
-
- private:
-  static PyObject* find(PyObject* dict, PyObject* name) {
-    require(PyDict_Check(dict));
-    return PyDict_GetItemWithError(dict, name);
-  }
-
-  static bool is_empty(PyObject* dict) { return PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0; }
-
-  py::object owned_;
-};
 
 bool is_relu(PyObject* act) {
   if (act == Py_None) return false;
@@ -183,8 +134,30 @@ cpu::MaxPool max_pool_of(PyObject* module) {
           pair_of(pool.get(known().padding))};
 }
 
-// A global average pooling, or a flattening of what it gives.
+// Whether a class is timm's, which is not imported for that.
+bool is_timm_pool(PyObject* module, const char* name) {
+  const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  return std::strcmp(Py_TYPE(module)->tp_name, name) == 0 &&
+         type.attr("__module__").cast<std::string>() == "timm.layers.adaptive_avgmax_pool";
+}
+
+// A global average pooling, or a flattening of what it gives; see fastres/heads.py.
 void require_pooling(PyObject* module) {
+  if (is_timm_pool(module, "SelectAdaptivePool2d")) {
+    const Plain pool(module);
+    require_pooling(child_of(module, known().pool));
+    PyObject* const flatten = child_of(module, known().flatten_name);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(flatten)) != known().identity) {
+      return require_pooling(flatten);
+    }
+    const Plain identity(flatten);
+    return;
+  }
+  if (is_timm_pool(module, "FastAdaptiveAvgPool")) {
+    const Plain pool(module);
+    require(pair_of(pool.get(known().dim)) == cpu::Pair{2, 3});
+    return;
+  }
   if (reinterpret_cast<PyObject*>(Py_TYPE(module)) == known().flatten) {
     const Plain flatten(module, known().flatten);
     require(int_of(flatten.get(known().start_dim)) == 1);

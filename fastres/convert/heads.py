@@ -47,6 +47,7 @@ class Head:
             output = heads.mean_linear(input, pooling, fc)
             return fc(author(module, input)) if output is None else output
 
+        mean_linear.site = heads.KIND  # for fastres.convert.program
         return mean_linear
 
     def _before_the_layer(self) -> Callable:

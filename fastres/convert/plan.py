@@ -12,8 +12,10 @@ from torch import nn
 from torch.fx import Node
 
 from .. import sites, stems
+from ..backend import extension_serves
 from . import calls, heads, match, region
 from .effects import Effects
+from .program import Name, program_of
 from .purity import Refused, attribute_path, module_path
 from .swap import is_plain_container, original_class
 from .trace import Trace, trace
@@ -21,16 +23,7 @@ from .trace import Trace, trace
 _count = itertools.count()
 
 
-class _Name(str):
-    """A name that generated code writes as it stands."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-_RELU = _Name("_relu")
+_RELU = Name("_relu")
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,7 @@ class Mode:
     on_strides: str = ""  # why the forward depends on its values' strides
     rewritten: bool = False  # to depend on them no longer
     random: bool = False  # draws random numbers
+    program: Callable | None = None  # the same as run, where nothing was burned in
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,8 @@ class Plan:
         object.__setattr__(self, "arity", len(self.required))
         object.__setattr__(self, "run_train", self.train.run)
         object.__setattr__(self, "run_evaluate", self.evaluate.run)
+        object.__setattr__(self, "program_train", self.train.program)
+        object.__setattr__(self, "program_evaluate", self.evaluate.program)
 
     @property
     def serves(self) -> bool:
@@ -168,10 +164,11 @@ def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict)
         Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None, m.pool)
         for m in matches.found
     )
-    run, holds = _generate(module, traced)
+    program = program_of(traced, {_RELU: F.relu})
+    run, holds = _generate(module, traced, program)
     return Mode(
         run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
-        random=random,
+        random=random, program=None if _conditions(traced) else program,
     )  # fmt: skip
 
 
@@ -208,7 +205,7 @@ def _replace_head(traced: Trace, head: heads.Head, replaced: dict[Node, Node]) -
     graph, input = traced.graph, replaced.get(head.input, head.input)
     with graph.inserting_before(head.nodes[-1]):
         *pooling, fc = (graph.create_node("get_attr", path) for path in head.via)
-        call = graph.call_function(head.call(), (input, _Name("self"), tuple(pooling), fc))
+        call = graph.call_function(head.call(), (input, Name("self"), tuple(pooling), fc))
     _put(graph, call, head, replaced)
 
 
@@ -233,23 +230,32 @@ def _with_modules_looked_up(body: str, traced: Trace) -> str:
     return body
 
 
-def _generate(module: nn.Module, traced: Trace) -> tuple[Callable, Callable]:
-    """The graph as a function of ``self`` and the arguments, and the check it stands behind."""
+def _conditions(traced: Trace) -> list[str]:
+    """What has to hold for a trace, as expressions; ``_expected`` are the guards' values."""
+    conditions = [f"({each}) == _expected[{i}]" for i, each in enumerate(traced.guards)]
+    return conditions + [f"_is_plain_container({attribute_path(p)})" for p in traced.inlined]
+
+
+def _generate(module: nn.Module, traced: Trace, program) -> tuple[Callable, Callable]:
+    """The graph as a function of ``self`` and the arguments, and the check it stands behind.
+
+    Where the extension serves, its program takes the function's place.
+    """
     code = traced.graph.python_code("self")
-    namespace = {**code.globals, **traced.libraries, _RELU: F.relu}
-    conditions = []
-    for index, (expression, expected) in enumerate(traced.guards.items()):
-        namespace[f"_expected_{index}"] = expected
-        conditions.append(f"({expression}) == _expected_{index}")
-    for path in traced.inlined:
-        namespace["_is_plain_container"] = is_plain_container
-        conditions.append(f"_is_plain_container({attribute_path(path)})")
+    namespace = {
+        **code.globals, **traced.libraries, _RELU: F.relu, "_program": program,
+        "_expected": (*traced.guards.values(),), "_is_plain_container": is_plain_container,
+        "_extension_serves": extension_serves,
+    }  # fmt: skip
+    conditions = _conditions(traced)
     definition, body = code.src.lstrip().split("\n", 1)
     source = f"def holds(self):\n    return {' and '.join(conditions) or True}\n\n\n{definition}\n"
+    arguments = definition[definition.index("(") : definition.index(")") + 1]
     if conditions:
         namespace["_author"] = original_class(module).forward
-        arguments = definition[definition.index("(") : definition.index(")") + 1]
         source += f"    if not holds(self):\n        return _author{arguments}\n"
+    if program is not None:
+        source += f'    if _extension_serves("conv_bn_relu"):\n        return _program{arguments}\n'
     file = f"<fastres {original_class(module).__name__} {next(_count)}>"
     source += _with_modules_looked_up(body, traced)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)

@@ -20,7 +20,8 @@ _STATE = ("_fastres_plan", "_fastres_entry")
 
 
 class Converted:
-    """Mixin of converted modules. ``_fastres_original`` is the author's class.
+    """Mixin of converted modules. ``_fastres_original`` is the author's class; by
+    ``_fastres_class`` and ``_fastres_forward`` csrc/program.cpp knows that neither was overridden.
 
     ``_fastres_plan`` (in the instance's ``__dict__``) is None when it must be made again;
     ``_fastres_entry`` says whether the module switches to channels_last.
@@ -179,14 +180,18 @@ def is_plain_container(module: nn.Module) -> bool:
 
 @functools.cache
 def _converted_class(cls: type) -> type:
+    forward = _forward_of(cls)
     names = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_fastres_original": cls,
-        "forward": _forward_of(cls),
+        "forward": forward,
+        "_fastres_forward": forward,
     }
-    return types.new_class(cls.__name__, (Converted, cls), exec_body=lambda ns: ns.update(names))
+    own = types.new_class(cls.__name__, (Converted, cls), exec_body=lambda ns: ns.update(names))
+    own._fastres_class = own
+    return own
 
 
 def swap_class(module: nn.Module, plan=None, entry: str = "") -> None:
