@@ -47,7 +47,9 @@ ConvAlgorithm algorithm_of(const at::Tensor& x, const at::Tensor& weight, const 
   if (dtype != at::kFloat && !bf16) return kAten;
   const auto algorithm =
       choose_algorithm(shape, {conv_panel(), /*onednn=*/true, /*pack=*/true, bf16});
-  const bool own = shape.taps() == 1 || is_winograd(algorithm) || is_grouped(algorithm);
+  // In bfloat16, on small maps, oneDNN finds everything in the cache and is ahead.
+  const bool one_tap = shape.taps() == 1 && (!bf16 || shape.pixels() > kFewPixels);
+  const bool own = one_tap || is_winograd(algorithm) || is_grouped(algorithm);
   return own && is_own(algorithm) ? algorithm : kAten;
 }
 

@@ -118,6 +118,10 @@ struct WinogradGrid {
   }
 };
 
+// Of the output, up to which training leaves products of bfloat16 to the libraries. Measured on Zen
+// 4: a block of 8 images' 1568 pixels takes 0.96 of eager's speed with the project's, 1.05 without.
+constexpr int64_t kFewPixels = 2048;
+
 // [begin, end)
 struct Range {
   int64_t begin, end;

@@ -92,8 +92,9 @@ bool choose_direct_wgrad(const ConvShape& shape, bool bf16) {
   constexpr int64_t kLeastValues = 256;
   if (!can_compute_direct_wgrad(shape) || is_intel()) return false;
   if (shape.taps() * shape.c < kLeastValues) return false;
+  if (!bf16) return true;
   const bool gathers_often = shape.taps() > 1 && shape.stride == Pair{1, 1};
-  return !bf16 || (bfloat16_unit() != Bfloat16Unit::kMatrix && !gathers_often);
+  return bfloat16_unit() != Bfloat16Unit::kMatrix && !gathers_often && shape.pixels() > kFewPixels;
 }
 
 at::Tensor direct_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
