@@ -41,8 +41,8 @@ def tutorial(dtype):
     return net, torch.randn(STEPS, 8, 3, 13, 11, dtype=dtype), torch.randint(5, (STEPS, 8))
 
 
-def resnet18(dtype):
-    torch.manual_seed(0)
+def resnet18(dtype, seed=0):
+    torch.manual_seed(seed)
     net = fastres.models.resnet18(num_classes=10).to(dtype)
     return net, torch.randn(STEPS, 4, 3, 48, 48, dtype=dtype), torch.randint(10, (STEPS, 4))
 
@@ -94,23 +94,36 @@ def furthest(run, truth) -> tuple[float, float]:
     return losses, max((v - truth[1][k]).abs().max().item() for k, v in run[1].items())
 
 
-def test_resnet18_beside_torchvisions(torchvision, one_thread):
-    """Another class, torchvision's own, in plain eager. In fp64 both stay together; in fp32 each
-    drifts from there as training amplifies its roundings, and ours does so no faster."""
-    net, images, labels = resnet18(torch.float64)
-    theirs = torchvision.models.resnet18(num_classes=10).double()
+def beside(torchvision, net):
+    theirs = torchvision.models.resnet18(num_classes=10).to(next(net.parameters()).dtype)
     theirs.load_state_dict(net.state_dict())
-    truth = train(theirs, images, labels, "eager", learning_rate=1e-3)
+    return theirs
+
+
+def test_resnet18_beside_torchvisions(torchvision, one_thread):
+    """Another class, torchvision's own, in plain eager."""
+    net, images, labels = resnet18(torch.float64)
+    truth = train(beside(torchvision, net), images, labels, "eager", learning_rate=1e-3)
     with Calls() as calls:
-        exact = train(net, images, labels, "auto", learning_rate=1e-3)
+        ours = train(net, images, labels, "auto", learning_rate=1e-3)
     assert calls.names.count("bn_relu_backward") == 20 * STEPS
-    assert_together(exact, truth, 1e-9, 1e-9)
-    ours, eager = (
-        train(model.float(), images.float(), labels, name, learning_rate=1e-3)
-        for model, name in ((net, "auto"), (theirs, "eager"))
-    )
-    for near, far in zip(furthest(ours, truth), furthest(eager, truth), strict=True):
-        assert near <= 2 * far + 1e-4, f"{near:.3g} from fp64, eager {far:.3g}"
+    assert_together(ours, truth, 1e-9, 1e-9)
+
+
+def test_float32_drifts_no_faster_than_eager(torchvision, one_thread):
+    """Training amplifies roundings until masks flip, ours and eager's alike. How far one run drifts
+    from fp64 is chance (0.01 to 0.3 in a loss, of either), so it is three of them that are judged.
+    """
+    ours, eager = [], []
+    for seed in range(3):
+        net, images, labels = resnet18(torch.float64, seed)
+        theirs = beside(torchvision, net)
+        truth = train(theirs, images, labels, "eager", learning_rate=1e-3)
+        for model, backend, runs in ((net, "auto", ours), (theirs, "eager", eager)):
+            run = train(model.float(), images.float(), labels, backend, learning_rate=1e-3)
+            runs.append(furthest(run, truth))
+    for near, far in zip(map(sum, zip(*ours)), map(sum, zip(*eager)), strict=True):
+        assert near <= 2 * far, f"{near:.3g} from fp64, eager {far:.3g}"
 
 
 def test_bf16_autocast(one_thread):

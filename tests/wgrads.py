@@ -26,5 +26,9 @@ def algorithm_of(grad, input, weight, padding: int, stride=1, dilation=1) -> str
 
 def assert_agrees(ours: Tensor, grad, input, weight, padding: int, stride=1) -> None:
     truth = eager(grad.double(), input.double(), weight.double(), padding, stride)
+    expected = eager(grad, input, weight, padding, stride)
+    if not expected.isfinite().all():
+        # oneDNN's in bfloat16, of maps one pixel wide at stride 2 and 3: uninitialised memory
+        expected = truth.to(expected.dtype)
     # one long sum, in another order than eager's
-    assert_close(ours, eager(grad, input, weight, padding, stride), truth, scale=4)
+    assert_close(ours, expected, truth, scale=4)
