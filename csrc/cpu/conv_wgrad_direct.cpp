@@ -3,7 +3,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "capability.h"
 #include "conv_arguments.h"
@@ -49,10 +51,6 @@ WgradJobs plan_jobs(const ConvShape& shape, int64_t tiles, int64_t panels, int64
     }
   }
   return best;
-}
-
-constexpr Range part_of(int64_t size, int64_t parts, int64_t i) {
-  return {size * i / parts, size * (i + 1) / parts};
 }
 
 template <typename T>

@@ -71,7 +71,7 @@ void pack(const ConvShape& shape, const T* grad_output, Range pixels, Range tile
     const int64_t count = std::min(kTogether, pixels.size() - first);
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       const int64_t begin =
-          (pixels.begin + first) * shape.k + rows_of_tile(shape.k, tiles_of(shape.k), t).begin;
+          (pixels.begin + first) * shape.k + part_of(shape.k, tiles_of(shape.k), t).begin;
       // A vector may reach into the next pixel, but not behind the last one.
       const int64_t room = end - kVec - begin;
       const int64_t whole = room < 0 ? 0 : std::min(room / shape.k + 1, count);
@@ -129,7 +129,7 @@ void multiply(const ConvShape& shape, const T* input, Range pixels, Range tiles,
       if (whole) gather<1>(shape, input, now, column + kVec, panel + kVec);
     }
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const Range k = rows_of_tile(shape.k, tiles_of(shape.k), t);
+      const Range k = part_of(shape.k, tiles_of(shape.k), t);
       const int64_t at = (t - tiles.begin) * packed + first / kPixelsALane;
       multiply_outer_rows(k.size(), rows + at * kOuterRows, panel, lanes_of(now.size()),
                           {sums + k.begin * columns + column, columns, whole});

@@ -15,7 +15,7 @@ struct DirectWgradKernel {
   int64_t scratch;           // values
 
   // Adds the products of some pixels of the output to a part of sums[K][R S C]: some tiles' rows,
-  // counted as in rows_of_tile, and some panels of columns.
+  // the t-th of which has part_of(K, all, t), and some panels of columns.
   void (*run)(const ConvShape& shape, const T* grad_output, const T* input, Range pixels,
               Range tiles, Range panels, float* scratch, float* sums);
 };
@@ -26,9 +26,9 @@ constexpr int64_t kWgradTiles = 20;
 constexpr int64_t kWgradPacked = 512;
 constexpr int64_t kWgradPixels = 256;
 
-// The rows of the t-th of so many tiles, which are of nearly equal height.
-constexpr Range rows_of_tile(int64_t rows, int64_t tiles, int64_t t) {
-  return {rows * t / tiles, rows * (t + 1) / tiles};
+// The i-th of so many parts of nearly equal size: the rows of a tile, the tiles of a job.
+constexpr Range part_of(int64_t size, int64_t parts, int64_t i) {
+  return {size * i / parts, size * (i + 1) / parts};
 }
 
 FASTRES_DECLARE_KERNELS(DirectWgradKernel, direct_wgrad_kernel)

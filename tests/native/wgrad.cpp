@@ -79,8 +79,8 @@ Values directly(const ConvShape& s, const Values& x, const Values& dy) {
   for (int thread = 0; thread < kThreads; ++thread) {
     threads.emplace_back([&, thread] {
       Values scratch(kernel.scratch);
-      kernel.run(s, dy.data(), x.data(), {0, s.pixels()}, rows_of_tile(tiles, kThreads, thread),
-                 panels, scratch.data(), gradient.data());
+      kernel.run(s, dy.data(), x.data(), {0, s.pixels()}, part_of(tiles, kThreads, thread), panels,
+                 scratch.data(), gradient.data());
     });
   }
   for (auto& thread : threads) thread.join();
