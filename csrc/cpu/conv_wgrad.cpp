@@ -49,7 +49,7 @@ WgradAlgorithm choose(const at::Tensor& grad_output, const at::Tensor& input,
   }
   const bool direct = own && choose_direct_wgrad(shape, bf16);
   if (direct && !bf16) return kDirect;
-  // oneDNN's products of bfloat16 pack nothing.
+  // Of bfloat16 and few pixels products are ahead: at 7x7, 8 images, 2.5 against 3.3 to 3.5 ms.
   if (is_product(input, weight, g, Pass::kWgrad)) return kProduct;
   return direct ? kDirect : kAten;
 }

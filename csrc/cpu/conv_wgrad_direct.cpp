@@ -82,10 +82,11 @@ bool can_compute_direct_wgrad(const ConvShape& shape) {
   return vector > 0 && shape.groups == 1 && shape.c % vector == 0;
 }
 
-// Measured on Zen 4, 2 threads, ResNet-50's shapes of 8 images, also with AVX2 alone. Where the
-// filters see few values, what is packed and gathered is multiplied too seldom. Of float32 all
-// others are ahead (13 % on the whole, 3x3 filters at stride 2 as much as a half), of bfloat16
-// those of one tap and at stride 2 (3 to 30 %). Intel's processors have not been measured.
+// Measured on Zen 4, 2 threads, ResNet-50's shapes of 8 images. Where the filters see few values,
+// what is packed and gathered is multiplied too seldom. In float32 the others take 0.6 (3x3 filters
+// at stride 2) to 1.05 of oneDNN's time, 0.9 in all; with AVX2 alone 0.8 in all, but 64 and 128
+// filters of 256 channels at 56x56 read 1.04 and 1.16. In bfloat16 those of one tap and at stride 2
+// take 0.8 to 1 unless their pixels are few. Intel's processors have not been measured.
 bool choose_direct_wgrad(const ConvShape& shape, bool bf16) {
   constexpr int64_t kLeastValues = 256;
   if (!can_compute_direct_wgrad(shape) || is_intel()) return false;
