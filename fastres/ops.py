@@ -39,6 +39,8 @@ _SCHEMAS = {
     "add_relu_backward": "(Tensor grad_output, Tensor output) -> Tensor",
     "bn_relu": f"(Tensor input, Tensor? residual, {_BN_STATE}, bool training, float momentum, "
     "float eps, bool relu) -> (Tensor output, Tensor save_mean, Tensor save_invstd)",
+    "bn_relu_recompute": "(Tensor input, Tensor? weight, Tensor? bias, Tensor save_mean, "
+    "Tensor save_invstd) -> Tensor",
     "bn_relu_backward": "(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, "
     "Tensor? bias, Tensor save_mean, Tensor save_invstd, bool training, bool relu, "
     "bool[3] output_mask) "
@@ -86,6 +88,7 @@ for _name in _TRITON:
 add_relu = torch.ops.fastres.add_relu.default
 add_relu_backward = torch.ops.fastres.add_relu_backward.default
 bn_relu = torch.ops.fastres.bn_relu.default
+bn_relu_recompute = torch.ops.fastres.bn_relu_recompute.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
 bn_relu_conv = torch.ops.fastres.bn_relu_conv.default
 conv = torch.ops.fastres.conv.default
@@ -158,6 +161,10 @@ def _bn_relu(
     return reference.bn_relu_forward(
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
     )
+
+
+def _bn_relu_recompute(input, weight, bias, save_mean, save_invstd):
+    return reference.bn_relu_recompute(input, weight, bias, save_mean, save_invstd)
 
 
 def _bn_relu_backward(*args):
@@ -295,6 +302,11 @@ def _fake_bn_relu(
     _check_device(input, residual, running_mean, running_var, weight, bias)
     statistics = input.new_empty(input.shape[1], dtype=accumulation_dtype(input.dtype))
     return _like(input), statistics, torch.empty_like(statistics)
+
+
+def _fake_bn_relu_recompute(input, weight, bias, save_mean, save_invstd):
+    _check_device(input, weight, bias, save_mean, save_invstd)
+    return _like(input)
 
 
 def _fake_bn_relu_backward(

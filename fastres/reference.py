@@ -112,6 +112,16 @@ def bn_relu_forward(
     return _cast(output, input), mean, invstd
 
 
+def bn_relu_recompute(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None,
+    save_mean: Tensor, save_invstd: Tensor,
+) -> Tensor:  # fmt: skip
+    """The operator ``fastres::bn_relu_recompute``: the output of a :func:`bn_relu_forward` without a
+    residual once more, from what it saved."""
+    x = input.to(save_mean.dtype)
+    return _cast(F.relu(_normalise(x, save_mean, save_invstd, weight, bias)), input)
+
+
 def bn_relu_backward(
     grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, save_mean: Tensor, save_invstd: Tensor,
