@@ -66,6 +66,7 @@ Operand operand_of(py::handle written) {
 Step::Site site_of(const std::string& name) {
   if (name == "conv_bn_act") return Step::kConvBnAct;
   if (name == "bn_act") return Step::kBnAct;
+  if (name == "convolve") return Step::kConvolve;
   if (name == "conv_bn_act_pool") return Step::kConvBnActPool;
   return name == "mean_linear" ? Step::kMeanLinear : Step::kNone;
 }
@@ -206,6 +207,8 @@ py::object call_site(const Step& step, const Values& operands) {
       return conv_bn_act(o[0], o[1], o[2], o[3], o[4], via);
     case Step::kBnAct:
       return bn_act(o[0], o[1], o[2], o[3], via);
+    case Step::kConvolve:
+      return convolve(o[0], o[1]);
     case Step::kConvBnActPool:
       return conv_bn_act_pool(o[0], o[1], o[2], o[3], o[4], via);
     case Step::kMeanLinear:

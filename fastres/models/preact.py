@@ -13,7 +13,7 @@ from .. import heads, sites
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
-from .common import blocks_of_depth, convolve, initialise, stem_convolution, stem_pooling
+from .common import blocks_of_depth, initialise, stem_convolution, stem_pooling
 from .registry import register_depths
 from .shortcuts import PaddedIdentity
 
@@ -43,12 +43,12 @@ class PreActivation(Residual):
         active = sites.bn_act(x, self.bn1, self.relu)
         branch = self.branch(active)
         if skipped is x and isinstance(self.downsample, nn.Conv2d):
-            return torch.add(convolve(active, self.downsample), branch, alpha=scale)
+            return torch.add(sites.convolve(active, self.downsample), branch, alpha=scale)
         return torch.add(self.without_branch(skipped), branch, alpha=scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
         if isinstance(self.downsample, nn.Conv2d):
-            return convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
+            return sites.convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
         return x if self.downsample is None else self.downsample(x)
 
     def branch(self, active: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class PreActBlock(PreActivation):
 
     def branch(self, active: Tensor) -> Tensor:
         out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return convolve(out if self.dropout is None else self.dropout(out), self.conv2)
+        return sites.convolve(out if self.dropout is None else self.dropout(out), self.conv2)
 
 
 class PreActBottleneck(PreActivation):
@@ -102,7 +102,7 @@ class PreActBottleneck(PreActivation):
 
     def branch(self, active: Tensor) -> Tensor:
         out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return convolve(sites.conv_bn_act(out, self.conv2, self.bn3, self.relu), self.conv3)
+        return sites.convolve(sites.conv_bn_act(out, self.conv2, self.bn3, self.relu), self.conv3)
 
 
 class PreActResNet(nn.Module):
@@ -151,7 +151,7 @@ class PreActResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = convolve(fastest(x), self.conv1)
+        x = sites.convolve(fastest(x), self.conv1)
         if self.maxpool is not None:
             x = self.maxpool(x)
         for stage in self.stages[1:-1]:
