@@ -35,6 +35,8 @@ struct Known {
   PyObject* const entry = intern("_fastres_entry");
   PyObject* const program_train = intern("program_train");
   PyObject* const program_evaluate = intern("program_evaluate");
+  PyObject* const condition_train = intern("condition_train");
+  PyObject* const condition_evaluate = intern("condition_evaluate");
 };
 
 const Known& known() {
@@ -139,11 +141,8 @@ struct Inside {
 };
 
 bool is_compiled(const Plain& module) {
-  try {
-    return module.get(known().compiled) != Py_None;
-  } catch (const Unusual&) {
-    return false;
-  }
+  PyObject* const call = module.find(known().compiled);
+  return call != nullptr && call != Py_None;
 }
 
 Inside inside_of(py::handle module) {
@@ -170,10 +169,14 @@ Inside inside_of(py::handle module) {
     const Plain converted(module.ptr());
     require(!is_compiled(converted));
     require(PyObject_Not(converted.get(known().entry)) == 1);
-    const auto name =
-        bool_of(converted.get(known().training)) ? known().program_train : known().program_evaluate;
-    const auto program = py::getattr(converted.get(known().plan), name, py::none());
+    const bool training = bool_of(converted.get(known().training));
+    const py::handle plan = converted.get(known().plan);
+    const auto program =
+        py::getattr(plan, training ? known().program_train : known().program_evaluate, py::none());
     require(!program.is_none());
+    const auto condition =
+        py::getattr(plan, training ? known().condition_train : known().condition_evaluate);
+    require(condition.is_none() || condition(module).ptr() == Py_True);
     return {Inside::kProgram, {}, program};
   } catch (const Unusual&) {
     return {};

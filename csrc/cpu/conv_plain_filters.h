@@ -159,12 +159,15 @@ class PlainFilters {
   template <typename T>
   PlainFilters(const ConvShape& shape, const ConvOperands<T>& operands, const WinogradGrid&,
                const JobTiles& tiles, Range, int64_t)
-      : chunks_(ceil_div(shape.c, kChunk)), filters_(operands.weight), tiles_(tiles) {}
+      : outputs_(shape.k),
+        chunks_(ceil_div(shape.c, kChunk)),
+        filters_(operands.weight),
+        tiles_(tiles) {}
 
   void multiply(int64_t panel, const Positions& at) const {
     const float* filters = filters_ + panel * chunks_ * kChunk * kTaps * kPanel;
     const int64_t chunk_stride = tiles_.count * kChunk;
-    for (int64_t lane = 0; lane < kPanel; lane += kVec) {
+    for (int64_t lane = 0; lane < std::min(kPanel, outputs_ - panel * kPanel); lane += kVec) {
       for (int64_t chunk = 0; chunk < chunks_; chunk += kPlainChunks) {
         const int64_t chunks = std::min(kPlainChunks, chunks_ - chunk);
         const int64_t size = chunks * kChunk * kTaps * kVec;
@@ -212,7 +215,7 @@ class PlainFilters {
     }
   }
 
-  const int64_t chunks_;
+  const int64_t outputs_, chunks_;
   const float* const filters_;
   const JobTiles& tiles_;
 };

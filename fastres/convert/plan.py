@@ -60,7 +60,8 @@ class Mode:
     on_strides: str = ""  # why the forward depends on its values' strides
     rewritten: bool = False  # to depend on them no longer
     random: bool = False  # draws random numbers
-    program: Callable | None = None  # the same as run, where nothing was burned in
+    program: Callable | None = None  # the same as run, where `condition` holds
+    condition: Callable[[nn.Module], bool] | None = None  # `holds`; None if nothing was burned in
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ class Plan:
         object.__setattr__(self, "arity", len(self.required))
         object.__setattr__(self, "run_train", self.train.run)
         object.__setattr__(self, "run_evaluate", self.evaluate.run)
-        object.__setattr__(self, "program_train", self.train.program)
-        object.__setattr__(self, "program_evaluate", self.evaluate.program)
+        for name, mode in (("train", self.train), ("evaluate", self.evaluate)):  # for program.cpp
+            object.__setattr__(self, f"program_{name}", mode.program)
+            object.__setattr__(self, f"condition_{name}", mode.condition)
 
     @property
     def serves(self) -> bool:
@@ -178,7 +180,8 @@ def _mode(
     run, holds = _generate(module, traced, program, otherwise)
     return Mode(
         run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
-        random=random, program=None if traced.types or _conditions(traced) else program,
+        random=random, program=None if traced.types else program,
+        condition=holds if _conditions(traced) else None,
     )  # fmt: skip
 
 
