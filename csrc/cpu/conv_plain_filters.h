@@ -49,6 +49,11 @@ struct TileSums<0> {
 // the first kWide have it.
 template <int kIn, int kTiles, int kWide, int kPlace = 0>
 struct RowSums {
+  // Whether they leave the time for three additions in the place of another multiplication.
+  // Measured on Zen 4: 14x14 maps, all tiles by four, take 3 % less; 7x7 maps, where tiles are also
+  // multiplied by two, took 2.5 % more before those were left out.
+  static constexpr bool kMany = 2 * kTiles > kPlainTiles;
+
   TileSums<kPlace == kIn - 2 ? kWide : kTiles> here;
   RowSums<kIn, kTiles, kWide, kPlace + 1> after;
 
@@ -86,7 +91,8 @@ FASTRES_INLINE void multiply_phase(const PlainRow& in, const float* rows, const 
   for (int64_t c = 0; c < kChunk; ++c, filter += kTaps * kVec) {
     coming.step();
     const auto column = [&](int s) FASTRES_INLINED {
-      return Form::W::template filter_at<kPoint, taps_at(kRowPhase)>([&](int r) FASTRES_INLINED {
+      constexpr int kRows = taps_at(kRowPhase);
+      return Form::W::template filter_at<kPoint, kRows, Sums::kMany>([&](int r) FASTRES_INLINED {
         const int tap = (r * kStride + kRowPhase) * 3 + s * kStride + kColumnPhase;
         return Vec::loadu(filter + tap * kVec);
       });
@@ -102,7 +108,7 @@ FASTRES_INLINE void multiply_phase(const PlainRow& in, const float* rows, const 
       if constexpr (kStride == 1 || kColumnPhase == 0 || !kLast) {
         constexpr int kPhase = kRowPhase * (kLast ? 1 : kStride) + kColumnPhase;
         here.add(rows + place * in.position_stride + kPhase * in.phase_stride + c,
-                 Form::W::template filter_at<place, kColumns>(columns));
+                 Form::W::template filter_at<place, kColumns, Sums::kMany>(columns));
       }
     });
   }
