@@ -80,8 +80,7 @@ struct Winograd<4, 3> : WinogradOfSix {
   static constexpr double kPlainScale[6] = {1 / kZeroNorm, 1 / kNearNorm, 1 / kNearNorm,
                                             1 / kFarNorm,  1 / kFarNorm,  1 / (a * a * a * a * a)};
 
-  // tap(i) gives the i-th scaled tap of three. `adding` is for a processor that adds beside its
-  // multiplications: then nothing is multiplied here.
+  // tap(i) gives the i-th scaled tap of three. With `adding` there is no multiplication.
   template <int point, int taps, bool adding, typename Tap>
   static inline auto filter_at(const Tap& tap) {
     using V = decltype(tap(0));
