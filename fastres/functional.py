@@ -240,8 +240,8 @@ def _conv_bn(
             check()
         if training:
             return autograd.conv_bn_relu_training(
-                *_conv_operands(input, weight, bias), residual, running_mean, running_var,
-                bn_weight, bn_bias, _geometry(weight, stride, padding, dilation, groups), momentum,
+                *conv_operands(input, weight, bias), residual, running_mean, running_var,
+                bn_weight, bn_bias, geometry_of(weight, stride, padding, dilation, groups), momentum,
                 eps, relu, backend,
             )  # fmt: skip
         return operator(
@@ -262,11 +262,11 @@ def _conv(
         own = False
     if not own or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
-    return autograd.conv(*_conv_operands(input, weight, bias), geometry, backend)
+    geometry = geometry_of(weight, stride, padding, dilation, groups)
+    return autograd.conv(*conv_operands(input, weight, bias), geometry, backend)
 
 
-def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
+def geometry_of(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
     """As the operators take it."""
     return (
         pair("stride", stride), resolve_padding(padding, weight, stride, dilation),
@@ -274,7 +274,7 @@ def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
     )  # fmt: skip
 
 
-def _conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+def conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     """In the dtype that they are computed in: autocast's, where it is on."""
     dtype = compute_dtype(input)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from agreement import FLOATS, assert_rule, assert_same_bits, batch_norm_operands, spread
 
-from fastres import ops, reference
+from fastres import arguments, reference
 
 SHAPES = [  # packs that fit and that don't, one pixel, one channel, many segments, few channels
     (2, 16, 4, 8),
@@ -34,7 +34,7 @@ def bn_relu(x, residual, running_mean, running_var, weight, bias, training, mome
     guard = emulating.Guarded()
     y = guard.empty_like(x)
     mean, invstd = (
-        guard.empty_like(torch.empty(x.shape[1], dtype=ops.accumulation_dtype(x.dtype)))
+        guard.empty_like(torch.empty(x.shape[1], dtype=arguments.accumulation_dtype(x.dtype)))
         for _ in range(2)
     )
     emulating.call(
@@ -60,7 +60,7 @@ def bn_relu_backward(dy, x, y, weight, bias, mean, invstd, training, relu, outpu
 
 
 def operands_for(shape, dtype, layout, residual):
-    vectors = batch_norm_operands(shape[1], ops.accumulation_dtype(dtype))
+    vectors = batch_norm_operands(shape[1], arguments.accumulation_dtype(dtype))
     return {
         "input": spread(shape, dtype, layout, mean=0.5, std=1.5),
         "residual": spread(shape, dtype, layout) if residual else None,

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .. import sites
+from .. import branches, sites
 from ..nn import BasicBlock, Bottleneck
 
 STEMS = ("imagenet", "cifar")
@@ -39,6 +39,18 @@ def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
     if input.dtype != conv.weight.dtype or sites.why_not_conv(conv):
         return conv(input)
     return sites.conv_bn_act(input, conv, _unchanging(conv.out_channels, input.dtype))
+
+
+def run_links(x: Tensor, links: tuple[branches.Link, ...]) -> Tensor:
+    """The sites one after the other, as one call where that serves."""
+    if branches.serves(x, links):
+        return branches.run(x, links)
+    for conv, bn, act, _ in links:
+        if conv is None:
+            x = sites.bn_act(x, bn, act)
+        else:
+            x = convolve(x, conv) if bn is None else sites.conv_bn_act(x, conv, bn, act)
+    return x
 
 
 @functools.cache
