@@ -349,11 +349,6 @@ def test_conv_operators_pass_opcheck():
     torch.library.opcheck(ops.conv, (input, weight, bias, *geometry))
     torch.library.opcheck(ops.conv_dgrad, (grad, input, weight, *geometry))
     torch.library.opcheck(ops.conv_wgrad, (grad, input, weight, *geometry, [True, True]))
-    behind, vector = torch.randn_like(input), torch.rand(16)
-    bn = (behind, vector, vector.clone(), vector + 1, [True, False, True])
-    torch.library.opcheck(ops.conv_dgrad_bn_relu, (grad, input, weight, *geometry, *bn))
-    bn = (vector, vector.clone(), None, vector + 1, 1e-5)
-    torch.library.opcheck(ops.bn_relu_conv, (behind, *bn, weight, *geometry))
 
 
 def test_double_backward():

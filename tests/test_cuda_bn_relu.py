@@ -211,3 +211,30 @@ def test_a_missing_barrier_is_seen():
     assert not library.reversal(False, 1000)  # other values than those that lie there already
     library.half_of_a_block.restype = ctypes.c_char_p
     assert library.half_of_a_block() == b"deadlock"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_and_output_apart_give_the_same_bits(layout, dtype):
+    """As a chain has them: the statistics first, what they normalise later."""
+    operands = operands_for((3, 72, 12, 14), dtype, layout, residual=True)
+    x, residual, _, _, weight, bias = operands.values()
+    none = (None, None)
+    y, mean, invstd = bn_relu(x, residual, *none, weight, bias, True, 0.0, 1e-5, True)
+    guard = emulating.Guarded()
+    found = {"mean": guard.empty_like(mean), "invstd": guard.empty_like(invstd)}
+    found["output"] = guard.empty_like(x)
+
+    def half(output):
+        emulating.call(
+            emulating.library("bn_relu").bn_relu_half, emulating.dtype_name(x), shape_of(x),
+            emulating.arrays(
+                x, residual, output, found["mean"], found["invstd"], weight, bias
+            ),
+            ctypes.c_double(1e-5), True,
+        )  # fmt: skip
+
+    half(None)
+    half(found["output"])
+    guard.check()
+    assert_same_bits(found, {"mean": mean, "invstd": invstd, "output": y})
