@@ -38,10 +38,10 @@ def backend(request):
         yield "cuda"
 
 
-def operands_for(form, dtype=torch.float32, affine=True):
+def operands_for(form, dtype=torch.float32, affine=True, layout=LAST):
     """Name to tensor."""
     channels, convolutions, (first, last), residual, _ = FORMS[form]
-    size, named = (7, 6), {"input": spread((3, channels, 7, 6), dtype, LAST)}
+    size, named = (7, 6), {"input": spread((3, channels, 7, 6), dtype, layout)}
 
     def norm(name, width):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,13 +55,13 @@ def operands_for(form, dtype=torch.float32, affine=True):
     for i, (filters, kernel, stride, bias) in enumerate(convolutions):
         fan = channels * kernel**2
         named[f"conv {i} weight"] = spread(
-            (filters, channels, kernel, kernel), dtype, LAST, std=fan**-0.5
+            (filters, channels, kernel, kernel), dtype, layout, std=fan**-0.5
         )
         named[f"conv {i} bias"] = torch.randn(filters).to(dtype) if bias else None
         if last or i + 1 < len(convolutions):
             norm(f"norm {i + 1}", filters)
         channels, size = filters, tuple((s - 1) // stride + 1 for s in size)
-    named["residual"] = spread((3, channels, *size), dtype, LAST) if residual else None
+    named["residual"] = spread((3, channels, *size), dtype, layout) if residual else None
     return named
 
 
@@ -162,6 +162,10 @@ def test_agrees_with_eager_in_other_dtypes(dtype, backend):
 
 def test_without_weights_and_biases(backend):
     check("pre-activation", backend, torch.float32, affine=False)
+
+
+def test_contiguous(backend):
+    check("basic block", backend, torch.float32, layout="contiguous")
 
 
 def one_by_one(form, named):

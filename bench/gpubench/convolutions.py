@@ -115,8 +115,9 @@ def _passes(problem: Problem) -> dict[str, dict]:
         passes["eval"] |= _vendors(problem)
     passes["dgrad"] = _gradient(problem, "dgrad", triton, tuned)
     passes["wgrad"] = _gradient(problem, "wgrad", triton, tuned)
-    for what in ("bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad"):
-        passes[what] = _link(problem, what, triton, tuned, vendor)
+    if problem.conv.cin > 3:  # no batch norm comes before a stem
+        for what in ("bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad"):
+            passes[what] = _link(problem, what, triton, tuned, vendor)
     return passes
 
 
