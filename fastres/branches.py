@@ -76,6 +76,9 @@ def serves(input: Tensor, links: tuple[Link, ...]) -> bool:
 
 
 def _are_plain(links: tuple[Link, ...]) -> bool:
+    modules = [id(module) for link in links for module in link[:2] if module is not None]
+    if len(set(modules)) < len(modules):
+        return False
     for conv, bn, act, via in links:
         if conv is not None and sites.why_not_conv(conv):
             return False

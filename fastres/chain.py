@@ -71,6 +71,8 @@ def chain(
     convolved as it is; and so may the last, where nothing follows the convolution. ``backend`` is
     one that has ``fastres::bn_relu_conv``.
     """
+    if residual is input and torch.compiler.is_compiling():
+        residual = input.view_as(input)  # a compiler refuses a tensor that is given twice
     numbers = tuple(norm and norm[4:] for norm in norms)
     form = Form(tuple(conv.geometry for conv in convolutions), numbers, relu, backend)
     tensors = _flat(convolutions, norms)

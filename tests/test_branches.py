@@ -238,9 +238,21 @@ class Listed(Body):
 
 
 class Normalised(Body):
+    def __init__(self):
+        super().__init__()
+        self.bn3 = nn.BatchNorm2d(8)
+
     def forward(self, x):
         y = self.relu(self.bn1(x))
-        return self.bn2(self.conv1(self.relu(self.bn2(self.conv2(y)))))
+        return self.bn3(self.conv2(self.relu(self.bn2(self.conv1(y)))))
+
+
+class Shared(Body):
+    links = 0
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn1(self.conv1(y)) + x)
 
 
 class UsedTwice(Body):
@@ -270,7 +282,7 @@ class Broadcast(Body):
 
 
 @pytest.mark.parametrize(
-    "kind", [Functional, InPlace, Listed, Normalised, UsedTwice, ChangedBetween, Broadcast],
+    "kind", [Functional, InPlace, Listed, Normalised, Shared, UsedTwice, ChangedBetween, Broadcast],
     ids=lambda kind: kind.__name__,
 )  # fmt: skip
 def test_converted_forwards(kind):

@@ -11,11 +11,6 @@
 
 namespace fastres::cuda {
 
-// Whether an epilogue may read an array beside the output.
-__host__ __device__ constexpr bool reads_beside(Epilogue epilogue) {
-  return epilogue != Epilogue::kMoments;
-}
-
 // Room for half a tile: boxes of 64 x 64 values, whose rows of 128 bytes are swizzled.
 template <int kTileK>
 constexpr int kHalfBytes = 64 * kTileK * 2;

@@ -149,13 +149,15 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
                                 const ConvShape& shape, const ConvTiles& tiles, int tile,
                                 const ConvFprop& f, int row, int column) {
   const int filter = tiles.filter(tile);
-  const bool beside = reads_beside(kEpilogue) && f.beside;
+  const bool beside = f.beside != nullptr;
   const auto pixel = [&](int half) { return tiles.pixel(tile) + int64_t(half) * 64; };
-  for (int half = 0; beside && half < 2; ++half) {
-    fetch_half<T, kTileK>(m.output[half], f.beside, shape, f.grid, pixel(half), filter, threadIdx.x,
-                          kPortableThreads);
+  if (beside) {
+    for (int half = 0; half < 2; ++half) {
+      fetch_half<T, kTileK>(m.output[half], f.beside, shape, f.grid, pixel(half), filter,
+                            threadIdx.x, kPortableThreads);
+    }
+    __syncthreads();
   }
-  if (beside) __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const Strip strip(shape, tiles, tile, row / 16 + i, column);

@@ -117,7 +117,7 @@ template <typename T, Epilogue kEpilogue, int kTileK>
 __device__ void conv_finish(ConvMemory<kTileK>& m, float (&sum)[kTileK / 2], int parity,
                             const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles,
                             int tile, int group) {
-  const bool beside = reads_beside(kEpilogue) && f.beside;
+  const bool beside = f.beside != nullptr;
   if (beside && f.grid.dense) barrier_wait(&m.beside_full[group], parity);
   group_sync(1 + group, 128);  // the last tile has left the buffer
   if (beside && !f.grid.dense) {
