@@ -34,8 +34,9 @@ def run(emit, budget, device, stages=STAGES, batch: int = BATCH) -> None:
 
 def _measure_block(emit, device, block, x, seconds: float) -> None:
     grad = torch.randn_like(x)
-    truth = _step(copy.deepcopy(block), x.detach().float().requires_grad_(), grad, False)()
-    step = _step(block, x, grad)
+    with fastres.backend("eager"):
+        truth = Step(copy.deepcopy(block), x.detach().float().requires_grad_(), grad, False)()
+    step = Step(block, x, grad)
     calls = models.with_sites_apart(models.contexts())
     allowed = None
     for provider, context in calls.items():
@@ -49,7 +50,7 @@ def _measure_block(emit, device, block, x, seconds: float) -> None:
         )  # fmt: skip
 
 
-class _step:
+class Step:
     """Forward and backward; gives the gradient of the input."""
 
     def __init__(self, block, x, grad, autocast: bool = True):
