@@ -7,6 +7,7 @@ calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 import os
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from . import chain, checks, functional, ops, sites
@@ -137,9 +138,9 @@ def run(input: Tensor, links: tuple[Link, ...], residual: Tensor | None = None) 
 
 
 def fits(residual, input: Tensor, links: tuple[Link, ...]) -> bool:
-    """Whether ``residual`` is a tensor like what the last convolution gives."""
+    """Whether ``residual`` is None, or a tensor like what the last convolution gives."""
     if not isinstance(residual, Tensor):
-        return False
+        return residual is None
     size = input.shape
     for link in links:
         size = size if link.conv is None else _size(size, link.conv)
@@ -147,25 +148,27 @@ def fits(residual, input: Tensor, links: tuple[Link, ...]) -> bool:
 
 
 def _counted(input: Tensor, links: tuple[Link, ...], residual: Tensor | None, relu: bool) -> Tensor:
-    convolutions: list[chain.Convolution] = []
-    norms: list[chain.Norm | None] = [] if links[0].conv is None else [None]
-    for conv, bn, *_ in links:
-        if conv is not None:
-            _, weight, bias = functional.conv_operands(input, conv.weight, conv.bias)
-            window = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            geometry = functional.geometry_of(weight, *window)
-            convolutions.append(chain.Convolution(weight, bias, geometry))
-        norms.append(None if bn is None else _norm(bn))
+    """:func:`fastres.chain.chain` of the modules' tensors, each batch norm having seen a batch."""
+    dtype = compute_dtype(input)
+    convolutions = [_convolution(link.conv, dtype) for link in links if link.conv is not None]
+    norms = [None if link.bn is None else _norm(link.bn) for link in links]
+    if links[0].conv is not None:
+        norms = [None, *norms]
     counted = [sites.count_batch(bn) for _, bn, *_ in links if bn is not None]
     backend = serving("conv_bn_relu", input.device)
     try:
-        return chain.chain(
-            input.to(compute_dtype(input)), residual, convolutions, norms, relu, backend
-        )
+        return chain.chain(input.to(dtype), residual, convolutions, norms, relu, backend)
     except functional.REFUSED:
         for batches in counted:
             sites.uncount(batches)
         raise
+
+
+def _convolution(conv: nn.Conv2d, dtype: torch.dtype) -> chain.Convolution:
+    weight = conv.weight.to(dtype)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    window = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return chain.Convolution(weight, bias, functional.geometry_of(weight, *window))
 
 
 def _norm(bn: nn.BatchNorm2d) -> chain.Norm:

@@ -240,7 +240,7 @@ def _conv_bn(
             check()
         if training:
             return autograd.conv_bn_relu_training(
-                *conv_operands(input, weight, bias), residual, running_mean, running_var,
+                *_conv_operands(input, weight, bias), residual, running_mean, running_var,
                 bn_weight, bn_bias, geometry_of(weight, stride, padding, dilation, groups), momentum,
                 eps, relu, backend,
             )  # fmt: skip
@@ -263,7 +263,7 @@ def _conv(
     if not own or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     geometry = geometry_of(weight, stride, padding, dilation, groups)
-    return autograd.conv(*conv_operands(input, weight, bias), geometry, backend)
+    return autograd.conv(*_conv_operands(input, weight, bias), geometry, backend)
 
 
 def geometry_of(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
@@ -274,7 +274,7 @@ def geometry_of(weight: Tensor, stride, padding, dilation, groups: int) -> tuple
     )  # fmt: skip
 
 
-def conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+def _conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     """In the dtype that they are computed in: autocast's, where it is on."""
     dtype = compute_dtype(input)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

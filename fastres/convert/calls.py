@@ -42,9 +42,8 @@ def branch(input, links, residual=None, in_place=False):
     """Sites one after the other, ``residual`` added to the last one's, or ``+=``: a tuple of
     convolution or None, batch norm, activation and identities for each."""
     links = tuple(branches.Link(*link) for link in links)
-    if branches.serves(input, links):
-        if residual is None or branches.fits(residual, input, links):
-            return branches.run(input, links, residual)
+    if branches.serves(input, links) and branches.fits(residual, input, links):
+        return branches.run(input, links, residual)
     *inner, (conv, bn, act, via) = links
     for link in inner:
         if link.conv is None:
