@@ -43,14 +43,14 @@ class Form(NamedTuple):
 
     def read(self, tensors) -> tuple[list[Convolution], list[Norm | None]]:
         """The inverse of :func:`_flat`."""
-        two, four = 2 * len(self.geometries), range(len(self.numbers))
+        first = 2 * len(self.geometries)  # of the batch norms' vectors
         convolutions = [
             Convolution(tensors[2 * i], tensors[2 * i + 1], geometry)
             for i, geometry in enumerate(self.geometries)
         ]
         norms = [
-            numbers and Norm(*tensors[two + 4 * i : two + 4 * i + 4], *numbers)
-            for i, numbers in zip(four, self.numbers, strict=True)
+            numbers and Norm(*tensors[first + 4 * i : first + 4 * i + 4], *numbers)
+            for i, numbers in enumerate(self.numbers)
         ]
         return convolutions, norms
 
@@ -98,15 +98,12 @@ def _forward(input: Tensor, residual: Tensor | None, form: Form, tensors):
         )  # fmt: skip
         values.append(value)
         statistics.append(moments)
-    if (last := norms[-1]) is not None:
-        return (
-            operators.bn_relu_apply(
-                value, residual, *statistics[-1], last.weight, last.bias, form.relu
-            ),
-            values,
-            statistics,
-        )
-    return value, [*values[:-1], None], [*statistics[:-1], (None, None)]
+    if (last := norms[-1]) is None:
+        return value, [*values[:-1], None], [*statistics[:-1], (None, None)]
+    output = operators.bn_relu_apply(
+        value, residual, *statistics[-1], last.weight, last.bias, form.relu
+    )
+    return output, values, statistics
 
 
 class Chain(torch.autograd.Function):
