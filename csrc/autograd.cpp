@@ -1,5 +1,6 @@
 #include "autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
@@ -12,10 +13,12 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace fastres::autograd {
 namespace {
@@ -120,12 +123,56 @@ struct AddReluBackward final : Saving<1> {
   }
 };
 
+// What the output of a bn_relu without residual can be made of again, to the last bit, so that a
+// convolution behind it need not keep it.
+struct BnRelu {
+  at::Tensor input, weight, bias, mean, invstd;
+  bool training;
+  double eps;
+
+  at::Tensor output() const {
+    using Signature = at::Tensor(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const at::Tensor&, const at::Tensor&);
+    static const auto op = find_operator<Signature>("fastres::bn_relu_recompute");
+    return call(op, input, if_defined(weight), if_defined(bias), mean, invstd);
+  }
+
+  // In PyTorch's own operators, which Python has.
+  at::Tensor differentiable_output() const {
+    const py::gil_scoped_acquire gil;
+    const auto python = py::module_::import("fastres.autograd").attr("bn_relu_recompute");
+    return python(input, if_defined(weight), if_defined(bias), mean, invstd, training, eps)
+        .cast<at::Tensor>();
+  }
+};
+
 struct BnReluBackward final : Saving<6> {
   enum { kInput, kOutput, kWeight, kBias, kMean, kInvstd };
   bool training, relu;
   double eps;
 
   std::string name() const override { return "BnReluBackward"; }
+
+  void release_variables() override {
+    recomputable_ = false;
+    Saving::release_variables();
+  }
+
+  // Hooks may count on every saved tensor to be unpacked once, or have it moved elsewhere.
+  void set_recomputable(const at::Tensor& output) {
+    recomputable_ = !at::SavedTensorDefaultHooks::get_hooks();
+    version_ = output._version();
+  }
+
+  // Of the node that made this tensor; none where it is something else by now, or kept anyway.
+  static std::optional<BnRelu> behind(const at::Tensor& output) {
+    auto* const node = dynamic_cast<BnReluBackward*>(output.grad_fn().get());
+    if (node == nullptr || !node->recomputable_ || output._version() != node->version_) {
+      return std::nullopt;
+    }
+    const auto [input, _, weight, bias, mean, invstd] = node->unpack();
+    return BnRelu{input, weight, bias, mean, invstd, node->training, node->eps};
+  }
 
   variable_list apply(variable_list&& grads) override {
     variable_list out(4);
@@ -167,13 +214,29 @@ struct BnReluBackward final : Saving<6> {
                   invstd, training, eps, relu, wanted)
         .cast<Gradients>();
   }
+
+  std::atomic<bool> recomputable_{false};
+  uint32_t version_ = 0;
 };
 
-struct ConvBackward final : Saving<2> {
-  enum { kInput, kWeight };
+struct ConvBackward final : Saving<6> {
+  enum { kInput, kWeight, kBnWeight, kBnBias, kMean, kInvstd };
   cpu::ConvGeometry geometry;
 
   std::string name() const override { return "ConvBackward"; }
+
+  void save_operands(const at::Tensor& input, const at::Tensor& weight) {
+    save(kWeight, weight);
+    const auto bn = BnReluBackward::behind(input);
+    recompute_ = bn.has_value();
+    save(kInput, bn ? bn->input : input);
+    if (!bn) return;
+    training_ = bn->training, eps_ = bn->eps;
+    save(kBnWeight, if_defined(bn->weight));
+    save(kBnBias, if_defined(bn->bias));
+    save(kMean, bn->mean);
+    save(kInvstd, bn->invstd);
+  }
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(3);
@@ -191,13 +254,16 @@ struct ConvBackward final : Saving<2> {
         at::IntArrayRef, int64_t, std::array<bool, 2>);
     static const auto dgrad = find_operator<Dgrad>("fastres::conv_dgrad");
     static const auto wgrad = find_operator<Wgrad>("fastres::conv_wgrad");
-    const auto [input, weight] = unpack();
+    const bool needs_values = wanted[1] || wanted[2];
+    const auto [input, weight] = operands([needs_values](const BnRelu& bn) {
+      return needs_values ? bn.output() : bn.input;  // dgrad reads nothing but the shape
+    });
     const auto& g = geometry;
     variable_list out(3);
     if (wanted[0]) {
       out[0] = call(dgrad, grad, input, weight, g.stride, g.padding, g.dilation, g.groups);
     }
-    if (wanted[1] || wanted[2]) {
+    if (needs_values) {
       const auto [grad_weight, grad_bias] =
           call(wgrad, grad, input, weight, g.stride, g.padding, g.dilation, g.groups,
                std::array<bool, 2>{wanted[1], wanted[2]});
@@ -212,10 +278,12 @@ struct ConvBackward final : Saving<2> {
       args.collect(pair[0]), args.collect(pair[1]);
     }
     args.collect(geometry.groups);
+    args.collect(recompute_), args.collect(training_), args.collect(eps_);
   }
 
   variable_list differentiable(const at::Tensor& grad, std::array<bool, 3> wanted) {
-    const auto [input, weight] = unpack();
+    const auto [input, weight] =
+        operands([](const BnRelu& bn) { return bn.differentiable_output(); });
     const auto& g = geometry;
     const std::array<int64_t, 1> outputs{weight.size(0)};
     auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
@@ -223,6 +291,17 @@ struct ConvBackward final : Saving<2> {
         /*transposed=*/false, {0, 0}, g.groups, wanted);
     return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
+
+  // The convolution's input and weight.
+  template <typename Recompute>
+  std::pair<at::Tensor, at::Tensor> operands(const Recompute& recompute) {
+    const auto [input, weight, bn_weight, bn_bias, mean, invstd] = unpack();
+    if (!recompute_) return {input, weight};
+    return {recompute(BnRelu{input, bn_weight, bn_bias, mean, invstd, training_, eps_}), weight};
+  }
+
+  bool recompute_ = false, training_ = false;
+  double eps_ = 0;
 };
 
 }  // namespace
@@ -255,6 +334,7 @@ at::Tensor bn_relu(const at::Tensor& input, const OptionalTensor& residual, cons
       node.save(N::kOutput, output, /*is_output=*/true);
     } else if (relu) {
       node.save(N::kBias, bn.bias);
+      node.set_recomputable(output);
     }
     node.save(N::kMean, mean);
     node.save(N::kInvstd, invstd);
@@ -271,8 +351,7 @@ at::Tensor conv(const at::Tensor& input, const Convolution& conv) {
   if (needs_graph(input, conv.weight, conv.bias)) {
     auto& node = record<ConvBackward>(output, input, conv.weight, conv.bias);
     node.geometry = g;
-    node.save(ConvBackward::kInput, input);
-    node.save(ConvBackward::kWeight, conv.weight);
+    node.save_operands(input, conv.weight);
   }
   return output;
 }

@@ -98,6 +98,13 @@ def bn_relu_gradients(
     )
 
 
+def bn_relu_recompute(input, weight, bias, mean, invstd, training, eps) -> Tensor:
+    """``fastres::bn_relu_recompute``, differentiable."""
+    if training:
+        mean, invstd = reference.batch_statistics(input, eps)
+    return reference.bn_relu_recompute(input, weight, bias, mean, invstd)
+
+
 class ConvBNReLUTraining(torch.autograd.Function):
     """``act(batch_norm(conv2d(input, weight, bias)) + residual)`` with the batch's statistics, see
     ``fastres::conv_bn_relu_training``: :class:`BNReLU` behind :class:`Conv`, and as much is saved.

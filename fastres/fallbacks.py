@@ -28,6 +28,10 @@ def bn_relu(
     )
 
 
+def bn_relu_recompute(input, weight, bias, save_mean, save_invstd):
+    return reference.bn_relu_recompute(input, weight, bias, save_mean, save_invstd)
+
+
 def bn_relu_backward(*args):
     return reference.bn_relu_backward(*args)
 

@@ -16,16 +16,17 @@ using OptionalTensor = std::optional<at::Tensor>;
 template <typename A>
 class Channels {
  public:
-  Channels(const Geometry& g, const BnReluArguments& a, A* save_mean, A* save_invstd)
+  Channels(const Geometry& g, const OptionalTensor& weight, const OptionalTensor& bias,
+           double eps = 0, A* save_mean = nullptr, A* save_invstd = nullptr)
       : channels_(g.channels),
         inverse_count_(g.inverse_count()),
         inverse_unbiased_(1.0 / static_cast<double>(g.per_channel() - 1)),
-        eps_(a.eps),
+        eps_(eps),
         vectors_(g.channels, 4),
         save_mean_(save_mean),
         save_invstd_(save_invstd) {
-    read_channels<A>(a.weight, 1, channels_, vectors_[1]);
-    read_channels<A>(a.bias, 0, channels_, vectors_[2]);
+    read_channels<A>(weight, 1, channels_, vectors_[1]);
+    read_channels<A>(bias, 0, channels_, vectors_[2]);
   }
 
   // Statistics of this batch, from the sum and the sum of squared deviations of channel c.
@@ -38,6 +39,13 @@ class Channels {
     read_channels(mean, vectors_[0]);
     read_channels(var, vectors_[3]);
     for (int64_t c = 0; c < channels_; ++c) set(c, vectors_[0][c], vectors_[3][c]);
+  }
+
+  void set_saved(const at::Tensor& mean, const at::Tensor& invstd) {
+    ChannelVectors<A> saved(channels_, 1);
+    read_channels(mean, vectors_[0]);
+    read_channels(invstd, saved[0]);
+    for (int64_t c = 0; c < channels_; ++c) vectors_[1][c] *= saved[0][c];
   }
 
   // r = (1 - momentum) * r + momentum * s, s being this batch's mean or unbiased variance.
@@ -118,40 +126,68 @@ std::optional<int64_t> row_stride(const at::Tensor& x) {
   return stride >= x.size(1) ? std::optional(stride) : std::nullopt;
 }
 
-template <typename T>
-void forward(const Geometry& g, const T* x, int64_t stride, const T* residual, T* y,
-             const BnReluArguments& a, Channels<acc_t<T>>& channels) {
-  static const auto kernels = FASTRES_SELECT_KERNELS(bn_relu_kernels, T);
-  if (!a.training) channels.set_running(*a.running_mean, *a.running_var);
-  if (g.rows) {
-    if (a.training) row_statistics(g, x, kernels, channels);
-    const auto k = channels.template coefficients<T>(0);
-    for_all_rows(g, [&](int64_t begin, int64_t end) {
-      if (stride != g.channels) {
-        for (int64_t row = begin; row < end; ++row) {
-          kernels.row_apply(x + row * stride, nullptr, y + row * g.channels,
-                            g.row_runs(1, g.channels), k, a.relu);
-        }
-        return;
-      }
-      const int64_t i = begin * g.channels;
-      kernels.row_apply(x + i, residual ? residual + i : nullptr, y + i,
-                        g.row_runs(end - begin, g.channels), k, a.relu);
-    });
-  } else {
-    at::parallel_for(0, g.channels, grain(g.per_channel()), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t i = c * g.plane;
-        if (a.training) {
-          double sum, m2;
-          kernels.plane_moments(x + i, g.channel_planes(), &sum, &m2);
-          channels.set_batch(c, sum, m2);
-        }
-        kernels.plane_apply(x + i, residual ? residual + i : nullptr, y + i, g.channel_planes(),
-                            channels.template coefficients<T>(c), a.relu);
-      }
-    });
+// An activation as the kernels read it: rows may lie further apart than their channels.
+struct Input {
+  at::Tensor values;
+  int64_t stride;
+  bool sliced;
+
+  Input(const at::Tensor& input, bool may_be_sliced) {
+    const auto format = output_format(input);
+    sliced = may_be_sliced && format == at::MemoryFormat::ChannelsLast &&
+             !input.is_contiguous(format) && row_stride(input);
+    values = sliced ? input : input.contiguous(format);
+    stride = sliced ? *row_stride(input) : input.size(1);
   }
+
+  Geometry geometry(const at::Tensor& output) const {
+    Geometry g(values);
+    g.will_write(output.const_data_ptr());
+    g.stream = g.stream && !sliced;  // rows are written one by one, and each would end in a fence
+    return g;
+  }
+};
+
+template <typename T>
+void apply_rows(const Geometry& g, const T* x, int64_t stride, const T* residual, T* y, bool relu,
+                const BnReluKernels<T>& kernels, Channels<acc_t<T>>& channels) {
+  const auto k = channels.template coefficients<T>(0);
+  for_all_rows(g, [&](int64_t begin, int64_t end) {
+    if (stride != g.channels) {
+      for (int64_t row = begin; row < end; ++row) {
+        kernels.row_apply(x + row * stride, nullptr, y + row * g.channels,
+                          g.row_runs(1, g.channels), k, relu);
+      }
+      return;
+    }
+    const int64_t i = begin * g.channels;
+    kernels.row_apply(x + i, residual ? residual + i : nullptr, y + i,
+                      g.row_runs(end - begin, g.channels), k, relu);
+  });
+}
+
+// From known statistics, or in training from this batch's.
+template <typename T>
+void forward(const Geometry& g, const T* x, int64_t stride, const T* residual, T* y, bool training,
+             bool relu, Channels<acc_t<T>>& channels) {
+  static const auto kernels = FASTRES_SELECT_KERNELS(bn_relu_kernels, T);
+  if (g.rows) {
+    if (training) row_statistics(g, x, kernels, channels);
+    apply_rows(g, x, stride, residual, y, relu, kernels, channels);
+    return;
+  }
+  at::parallel_for(0, g.channels, grain(g.per_channel()), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t i = c * g.plane;
+      if (training) {
+        double sum, m2;
+        kernels.plane_moments(x + i, g.channel_planes(), &sum, &m2);
+        channels.set_batch(c, sum, m2);
+      }
+      kernels.plane_apply(x + i, residual ? residual + i : nullptr, y + i, g.channel_planes(),
+                          channels.template coefficients<T>(c), relu);
+    }
+  });
 }
 
 }  // namespace
@@ -162,27 +198,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
     bool training, double momentum, double eps, bool relu) {
   const BnReluArguments a{running_mean, running_var, weight, bias, training, momentum, eps, relu};
   check_bn_relu(input, residual, a, at::kCPU);
+  const Input x(input, /*may_be_sliced=*/!training && !given(residual));
   const auto format = output_format(input);
-  const bool sliced = !training && !given(residual) && format == at::MemoryFormat::ChannelsLast &&
-                      !input.is_contiguous(format) && row_stride(input);
-  const auto x = sliced ? input : input.contiguous(format);
   const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
   auto output = empty_output(input, format);
-  Geometry g(x);
-  g.will_write(output.const_data_ptr());
-  g.stream = g.stream && !sliced;  // rows are written one by one, and each would end in a fence
+  const auto g = x.geometry(output);
   const auto statistics = input.options().dtype(accumulate_dtype(input.scalar_type()));
   auto save_mean = at::empty({g.channels}, statistics);
   auto save_invstd = at::empty({g.channels}, statistics);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu", [&] {
     using A = acc_t<scalar_t>;
-    Channels<A> channels(g, a, save_mean.mutable_data_ptr<A>(), save_invstd.mutable_data_ptr<A>());
-    forward<scalar_t>(g, x.const_data_ptr<scalar_t>(), sliced ? *row_stride(x) : g.channels,
+    Channels<A> channels(g, weight, bias, eps, save_mean.mutable_data_ptr<A>(),
+                         save_invstd.mutable_data_ptr<A>());
+    if (!training) channels.set_running(*running_mean, *running_var);
+    forward<scalar_t>(g, x.values.const_data_ptr<scalar_t>(), x.stride,
                       r.defined() ? r.const_data_ptr<scalar_t>() : nullptr,
-                      output.mutable_data_ptr<scalar_t>(), a, channels);
+                      output.mutable_data_ptr<scalar_t>(), training, relu, channels);
     if (training && g.numel() > 0) channels.update_running(a);
   });
   return {output, save_mean, save_invstd};
+}
+
+at::Tensor bn_relu_recompute(const at::Tensor& input, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const at::Tensor& save_mean,
+                             const at::Tensor& save_invstd) {
+  check_bn_relu_recompute(input, weight, bias, save_mean, save_invstd, at::kCPU);
+  const Input x(input, /*may_be_sliced=*/true);
+  auto output = empty_output(input, output_format(input));
+  const auto g = x.geometry(output);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu_recompute", [&] {
+        Channels<acc_t<scalar_t>> channels(g, weight, bias);
+        channels.set_saved(save_mean, save_invstd);
+        forward<scalar_t>(g, x.values.const_data_ptr<scalar_t>(), x.stride, /*residual=*/nullptr,
+                          output.mutable_data_ptr<scalar_t>(), /*training=*/false, /*relu=*/true,
+                          channels);
+      });
+  return output;
 }
 
 }  // namespace fastres::cpu
