@@ -147,16 +147,15 @@ def check(form, backend, dtype, **options):
     assert_rule(ours, theirs, truth, atol_dtype=dtype, scale=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_agrees_with_eager(form, dtype, backend):
+def test_agrees_with_eager(form, backend):
     """Output, running statistics, every gradient."""
-    check(form, backend, dtype)
+    check(form, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["cuda"])  # the interpreter multiplies bf16's bits
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_agrees_with_eager_in_other_dtypes(dtype, backend):
+    """Of Triton's, PyTorch's own convolution serves all but fp16 here."""
     check("bottleneck", backend, dtype)
 
 
