@@ -42,14 +42,18 @@ at::Tensor autocast_and_convolve(const at::Tensor& input, const Convolution& con
 
 }  // namespace
 
+at::Tensor conv(const at::Tensor& input, const Convolution& conv) {
+  return at::autocast::is_autocast_enabled(at::kCPU) ? autocast_and_convolve(input, conv)
+                                                     : convolve(input, conv);
+}
+
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
                         const Convolution& conv, const BatchNorm& bn, bool relu) {
   const bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
   const auto dtype = input.scalar_type();
   require(conv.weight.dim() == 4);
   if (bn.training || needs_graph(input, residual, conv.weight, conv.bias, bn.weight, bn.bias)) {
-    const auto output = autocast ? autocast_and_convolve(input, conv) : convolve(input, conv);
-    return autograd::bn_relu(output, residual, bn, relu);
+    return autograd::bn_relu(fastres::conv(input, conv), residual, bn, relu);
   }
   require(!autocast && bn.running_mean && bn.running_var && conv.weight.scalar_type() == dtype);
   require(!conv.bias || conv.bias->scalar_type() == dtype);

@@ -14,6 +14,9 @@ namespace fastres {
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
                         const Convolution& conv, const BatchNorm& bn, bool relu);
 
+// conv(input), under autocast as F.conv2d. Throws Unusual.
+at::Tensor conv(const at::Tensor& input, const Convolution& conv);
+
 namespace functional {
 
 pybind11::object add_relu(pybind11::handle input, pybind11::handle residual);

@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
   fastres::register_program(m);
   m.def("conv_bn_act", &fastres::conv_bn_act, "act(bn(conv(input)) + residual); see csrc/sites.h.");
   m.def("bn_act", &fastres::bn_act, "act(bn(input) + residual); see csrc/sites.h.");
+  m.def("convolve", &fastres::convolve, "conv(input); see csrc/sites.h.");
   m.def("conv_bn_act_pool", &fastres::conv_bn_act_pool, "pool(act(bn(conv(input))))");
   m.def("mean_linear", &fastres::mean_linear, "linear(pooling(input)); see csrc/sites.h.");
   m.def("add_relu", &fastres::functional::add_relu, "See csrc/functional.h.");

@@ -31,7 +31,7 @@ py::object dictionary_of(PyObject* module) {
              : py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
 }
 
-PyObject* find(PyObject* dict, PyObject* name) {
+PyObject* item_of(PyObject* dict, PyObject* name) {
   require(PyDict_Check(dict));
   return PyDict_GetItemWithError(dict, name);
 }
@@ -47,7 +47,7 @@ PyObject* keep(const char* module, const char* name) {
 PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
 
 Plain::Plain(PyObject* module) : owned_(dictionary_of(module)) {
-  require(PyDict_Check(owned_.ptr()) && find(owned_.ptr(), names().forward) == nullptr);
+  require(find(names().forward) == nullptr);
   for (PyObject* name : names().hooks) require(is_empty(get(name)));
   for (PyObject* hooks : names().global_hooks) require(is_empty(hooks));
 }
@@ -55,14 +55,16 @@ Plain::Plain(PyObject* module) : owned_(dictionary_of(module)) {
 Plain::Plain(PyObject* module, PyObject* cls)
     : Plain((require(reinterpret_cast<PyObject*>(Py_TYPE(module)) == cls), module)) {}
 
+PyObject* Plain::find(PyObject* name) const { return item_of(owned_.ptr(), name); }
+
 PyObject* Plain::get(PyObject* name) const {
-  PyObject* const value = find(owned_.ptr(), name);
+  PyObject* const value = find(name);
   require(value != nullptr);
   return value;
 }
 
 OptionalTensor Plain::tensor(PyObject* registry, PyObject* name) const {
-  PyObject* const value = find(get(registry), name);
+  PyObject* const value = item_of(get(registry), name);
   require(value != nullptr);
   return optional_tensor_of(value);
 }

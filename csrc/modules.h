@@ -21,6 +21,7 @@ class Plain {
 
   // An attribute of the instance, borrowed.
   PyObject* get(PyObject* name) const;
+  PyObject* find(PyObject* name) const;  // null where the instance has none
 
   // A registered parameter or buffer; none where None is registered.
   OptionalTensor tensor(PyObject* registry, PyObject* name) const;

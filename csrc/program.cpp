@@ -35,6 +35,8 @@ struct Known {
   PyObject* const entry = intern("_fastres_entry");
   PyObject* const program_train = intern("program_train");
   PyObject* const program_evaluate = intern("program_evaluate");
+  PyObject* const condition_train = intern("condition_train");
+  PyObject* const condition_evaluate = intern("condition_evaluate");
 };
 
 const Known& known() {
@@ -66,6 +68,7 @@ Operand operand_of(py::handle written) {
 Step::Site site_of(const std::string& name) {
   if (name == "conv_bn_act") return Step::kConvBnAct;
   if (name == "bn_act") return Step::kBnAct;
+  if (name == "convolve") return Step::kConvolve;
   if (name == "conv_bn_act_pool") return Step::kConvBnActPool;
   return name == "mean_linear" ? Step::kMeanLinear : Step::kNone;
 }
@@ -138,11 +141,8 @@ struct Inside {
 };
 
 bool is_compiled(const Plain& module) {
-  try {
-    return module.get(known().compiled) != Py_None;
-  } catch (const Unusual&) {
-    return false;
-  }
+  PyObject* const call = module.find(known().compiled);
+  return call != nullptr && call != Py_None;
 }
 
 Inside inside_of(py::handle module) {
@@ -169,10 +169,14 @@ Inside inside_of(py::handle module) {
     const Plain converted(module.ptr());
     require(!is_compiled(converted));
     require(PyObject_Not(converted.get(known().entry)) == 1);
-    const auto name =
-        bool_of(converted.get(known().training)) ? known().program_train : known().program_evaluate;
-    const auto program = py::getattr(converted.get(known().plan), name, py::none());
+    const bool training = bool_of(converted.get(known().training));
+    const py::handle plan = converted.get(known().plan);
+    const auto program =
+        py::getattr(plan, training ? known().program_train : known().program_evaluate, py::none());
     require(!program.is_none());
+    const auto condition =
+        py::getattr(plan, training ? known().condition_train : known().condition_evaluate);
+    require(condition.is_none() || condition(module).ptr() == Py_True);
     return {Inside::kProgram, {}, program};
   } catch (const Unusual&) {
     return {};
@@ -206,6 +210,8 @@ py::object call_site(const Step& step, const Values& operands) {
       return conv_bn_act(o[0], o[1], o[2], o[3], o[4], via);
     case Step::kBnAct:
       return bn_act(o[0], o[1], o[2], o[3], via);
+    case Step::kConvolve:
+      return convolve(o[0], o[1]);
     case Step::kConvBnActPool:
       return conv_bn_act_pool(o[0], o[1], o[2], o[3], o[4], via);
     case Step::kMeanLinear:

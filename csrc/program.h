@@ -24,7 +24,7 @@ struct Operand {
 // result = function(operands, by position and then by name). `site` names what of csrc/sites.h
 // computes the same in the usual case; a step without a function calls its first operand, a module.
 struct Step {
-  enum Site { kNone, kConvBnAct, kBnAct, kConvBnActPool, kMeanLinear } site;
+  enum Site { kNone, kConvBnAct, kBnAct, kConvolve, kConvBnActPool, kMeanLinear } site;
   pybind11::object function;
   std::vector<Operand> operands;
   pybind11::tuple names;

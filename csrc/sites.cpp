@@ -211,6 +211,16 @@ py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::ha
   return unless_unusual(site, [&] { uncount(counted); });
 }
 
+py::object convolve(py::handle input, py::handle conv_module) {
+  return unless_unusual([&] {
+    const auto x = activation_of(input.ptr());
+    const auto conv = convolution_of(conv_module.ptr());
+    require(needs_graph(x, conv.weight, conv.bias));
+    const py::gil_scoped_release no_gil;
+    return fastres::conv(x, conv);
+  });
+}
+
 py::object conv_bn_act_pool(py::handle input, py::handle conv_module, py::handle bn_module,
                             py::handle act, py::handle pool_module, py::handle via) {
   return unless_unusual([&] {

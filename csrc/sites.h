@@ -14,6 +14,9 @@ pybind11::object conv_bn_act(pybind11::handle input, pybind11::handle conv, pybi
 pybind11::object bn_act(pybind11::handle input, pybind11::handle bn, pybind11::handle act,
                         pybind11::handle residual, pybind11::handle via);
 
+// conv(input) where it is recorded.
+pybind11::object convolve(pybind11::handle input, pybind11::handle conv);
+
 // pool(act(bn(conv(input)))) and linear(pooling(input)) in inference.
 pybind11::object conv_bn_act_pool(pybind11::handle input, pybind11::handle conv,
                                   pybind11::handle bn, pybind11::handle act, pybind11::handle pool,

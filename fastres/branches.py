@@ -124,6 +124,18 @@ def _size(size, conv: nn.Conv2d) -> tuple[int, ...]:
     return conv_output_size(size, conv.weight.shape, *pairs)
 
 
+def run_links(x: Tensor, links: tuple[Link, ...]) -> Tensor:
+    """The links one after the other, as one call where that serves."""
+    if serves(x, links):
+        return run(x, links)
+    for conv, bn, act, _ in links:
+        if conv is None:
+            x = sites.bn_act(x, bn, act)
+        else:
+            x = sites.convolve(x, conv) if bn is None else sites.conv_bn_act(x, conv, bn, act)
+    return x
+
+
 def run(input: Tensor, links: tuple[Link, ...], residual: Tensor | None = None) -> Tensor:
     """The links one after the other, ``residual`` added before the last one's ReLU; only where
     :func:`serves`."""

@@ -6,6 +6,7 @@ hook, a subclass, a replaced module, a residual that broadcasts) is called modul
 order the model's author wrote, so that the answer is always the author's.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,34 @@ def bn_act(
     if residual is not None and not alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
     return _bn(input, bn, residual, act is not None or has_relu(bn))
+
+
+def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(input)``, for a convolution that no batch norm follows.
+
+    On a CPU it runs on fastres' own convolutions; in inference their weights are packed once: a
+    batch norm that changes nothing is what they fold.
+    """
+    if extension_serves("conv_bn_relu"):
+        output = ops.extension.convolve(input, conv)
+        if output is not None:
+            return output
+    plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu"
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return conv(input)
+    if input.dtype not in _FOLDED_DTYPES or input.dtype != conv.weight.dtype or why_not_conv(conv):
+        return conv(input)
+    return conv_bn_act(input, conv, _unchanging(conv.out_channels, input.dtype))
+
+
+_FOLDED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _unchanging(channels: int, dtype: torch.dtype) -> nn.BatchNorm2d:
+    """A batch norm whose scale is 1 and whose shift is 0."""
+    with torch.inference_mode(False):
+        return nn.BatchNorm2d(channels, eps=0.0, affine=False, device="cpu", dtype=dtype).eval()
 
 
 def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:

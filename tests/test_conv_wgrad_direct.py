@@ -1,5 +1,9 @@
 """The weight's gradient as a product over pixels: its numbers, when it serves, its limits."""
 
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     ops.extension is None or ops.extension.build_info()["cpu_capability"] == "DEFAULT",
     reason="needs the compiled extension and a processor with AVX2",
 )
+CAPABILITY = ops.extension and ops.extension.build_info()["cpu_capability"]
 INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 # N, C, H, W, K, filter, stride, padding
@@ -116,8 +121,10 @@ def test_serves_what_it_is_ahead_in():
         tensors, (padding, stride) = operands(shape, dtype)
         return algorithm_of(*tensors, padding, stride)
 
-    assert chosen((8, 256, 28, 28, 64, 1, 1, 0)) == "direct"
-    assert chosen((8, 256, 28, 28, 512, 1, 2, 0)) == "direct"
+    one_tap = "direct" if CAPABILITY == "AVX512" else "aten"  # of many pixels
+    assert chosen((8, 256, 28, 28, 64, 1, 1, 0)) == one_tap
+    assert chosen((8, 256, 56, 56, 128, 1, 1, 0)) == one_tap
+    assert chosen((8, 256, 28, 28, 512, 1, 2, 0)) == one_tap
     assert chosen((8, 128, 28, 28, 128, 3, 2, 1)) == "direct"
     assert chosen((8, 512, 7, 7, 2048, 1, 1, 0)) == "direct"
     assert chosen((8, 64, 28, 28, 256, 1, 1, 0)) == "aten"  # few values under a filter
@@ -131,6 +138,34 @@ def test_serves_what_it_is_ahead_in():
         assert chosen((8, 512, 28, 28, 128, 1, 1, 0), torch.bfloat16) == "direct"
         assert chosen((8, 1024, 14, 14, 256, 1, 1, 0), torch.bfloat16) == "aten"
         assert chosen((8, 512, 7, 7, 2048, 1, 1, 0), torch.bfloat16) == "product"
+
+
+CHOOSE = """
+import json, sys
+from test_conv_wgrad_direct import algorithm_of, operands
+chosen = []
+for shape in json.loads(sys.argv[1]):
+    tensors, (padding, stride) = operands(shape)
+    chosen.append(algorithm_of(*tensors, padding, stride))
+print(json.dumps(chosen))
+"""
+
+
+@pytest.mark.skipif(INTEL, reason="not measured on Intel's processors, and not used")
+def test_avx2_leaves_many_pixels_under_one_tap_to_onednn():
+    expected = {
+        (8, 256, 56, 56, 128, 1, 1, 0): "aten",
+        (8, 512, 28, 28, 1024, 1, 2, 0): "aten",
+        (8, 512, 7, 7, 2048, 1, 1, 0): "direct",
+        (8, 128, 56, 56, 128, 3, 2, 1): "direct",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", CHOOSE, json.dumps([*expected])],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [*expected.values()]
 
 
 def test_refusals():

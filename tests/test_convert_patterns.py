@@ -142,17 +142,18 @@ def with_module(**modules):
 ALONE = {
     # name: (model, fused kinds, module, part of the reason)
     "subclass of batch norm": (
-        with_module(bn1=MyBN(8)), {"conv_bn_add_relu": 1}, "bn1", "BatchNorm subclass MyBN",
+        with_module(bn1=MyBN(8)), {"conv": 1, "conv_bn_add_relu": 1}, "bn1", "BatchNorm subclass MyBN",
     ),
     "subclass of convolution": (
         with_module(conv1=ConvSubclass(8, 8, 3, padding=1)),
         {"bn_relu": 1, "conv_bn_add_relu": 1}, "conv1", "ConvSubclass",
     ),
     "sync batch norm": (
-        with_module(bn1=nn.SyncBatchNorm(8)), {"conv_bn_add_relu": 1}, "bn1", "SyncBatchNorm",
+        with_module(bn1=nn.SyncBatchNorm(8)),
+        {"conv": 1, "conv_bn_add_relu": 1}, "bn1", "SyncBatchNorm",
     ),
     "another norm": (
-        with_module(bn1=nn.GroupNorm(2, 8)), {"conv_bn_add_relu": 1}, "conv1", "GroupNorm bn1",
+        with_module(bn1=nn.GroupNorm(2, 8)), {"conv": 1, "conv_bn_add_relu": 1}, None, "",
     ),
     "another activation": (
         with_module(relu=nn.GELU()), {"conv_bn": 2}, None, "",
@@ -163,7 +164,7 @@ ALONE = {
     ),
     "bn comes before": (
         lambda: nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.GELU()),
-        {}, "1", "batch norm comes before the convolution",
+        {"conv": 1}, "0", "Conv2d 1",
     ),
     "bn then gelu": (
         lambda: nn.Sequential(nn.BatchNorm2d(8), nn.GELU()), {}, "0", "GELU is not ReLU",
@@ -175,13 +176,13 @@ ALONE = {
         {"conv_bn": 1}, "3", "Dropout 2",
     ),
     "value used twice": (UsedTwice, {"conv_bn": 1}, "relu", "used by someone else"),
-    "conv used twice": (ConvUsedTwice, {"bn_relu": 1}, "conv1", "used by someone else"),
+    "conv used twice": (ConvUsedTwice, {"conv": 1, "bn_relu": 1}, None, ""),
     "sum used twice": (SumUsedTwice, {"conv_bn": 1}, "relu", "used by someone else"),
     "doubled": (Doubled, {"conv_bn": 1, "add_relu": 1}, None, ""),
     "adds into its input": (AddsIntoItsInput, {"conv_bn": 1}, "relu", "in place"),
     "adds into a view": (AddsIntoAView, {"conv_bn_relu": 1}, "relu", "in place"),
     "input changed": (InputChangedInBetween, {"conv_bn": 1}, None, ""),
-    "input changed by a module": (InputChangedByAModule, {"bn_relu": 1}, "conv1", "changed"),
+    "input changed by a module": (InputChangedByAModule, {"conv": 1, "bn_relu": 1}, None, ""),
     "shared batch norm": (SharedBNInBetween, {"conv_bn": 1, "conv_bn_add_relu": 1}, None, ""),
     "shared path": (SharedConvPath, {"bn_relu": 1, "conv_bn_relu": 1}, None, ""),
     "scalar residual": (ScalarResidual, {"conv_bn": 1}, "relu", "add"),

@@ -75,6 +75,20 @@ def test_blocks_run_without_python(net):
             assert forwards(lambda: model(x)) > AT_LEAST
 
 
+def test_containers_that_fuse_run_without_python_while_they_hold(net):
+    """A shortcut's convolution and batch norm, listed in a Sequential: fused for its children."""
+    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    net.layer1[1].conv2 = randomized(shortcut).eval()
+    author, model, x = copy.deepcopy(net), fastres.convert(net), images(3, 16)
+    compare(author, model, x)
+    with torch.no_grad():
+        assert forwards(lambda: model(x)) == AT_LEAST
+    for each in (author, model):
+        each.layer1[1].conv2.append(nn.Tanh())
+    compare(author, model, x)
+    compare(author, model, x)
+
+
 def test_training_records_the_same_graph(net):
     model, x = fastres.convert(copy.deepcopy(net)), images(3, 16)
     results = []

@@ -18,6 +18,7 @@ BOTTLENECKS = {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4}
 # Attention stands between the last batch norm and the addition: a block's addition is fused with
 # its projection's batch norm, where it has one, or with the ReLU alone.
 ATTENTION = {"conv_bn_relu": 33, "conv_bn": 16, "conv_bn_add_relu": 4, "add_relu": 12}
+SQUEEZE = {"conv": 32}
 SITES = {
     "resnet18": {"conv_bn_relu": 9, "conv_bn_add_relu": 8, "conv_bn": 3},
     "resnet50": BOTTLENECKS,
@@ -26,9 +27,10 @@ SITES = {
     "resnet26t": {"conv_bn_relu": 19, "conv_bn_add_relu": 8, "conv_bn": 4},
     "wide_resnet50_2": BOTTLENECKS,
     "resnext50_32x4d": BOTTLENECKS,
-    "seresnet50": ATTENTION,
+    "seresnet50": ATTENTION | SQUEEZE,
     "ecaresnet50d": {**ATTENTION, "conv_bn_relu": 35},
-    "resnetv2_50": {"bn_relu": 17, "conv_bn_relu": 32},
+    "resnetv2_50": {"bn_relu": 17, "conv_bn_relu": 32, "conv": 22},
+    "densenet121": {"conv_bn_relu": 59, "bn_relu": 62, "conv": 61},
 }
 
 
@@ -42,26 +44,29 @@ def test_every_site_is_fused(name):
 
 @pytest.mark.parametrize("name", SITES)
 def test_timm_model(name):
-    layers = {} if name == "resnet18" else {"layers": [2, 1, 1, 1]}  # enough to have each site
+    layers = {"layers": [2, 1, 1, 1]}  # enough to have each site
+    if name == "resnet18":
+        layers = {}
+    elif name.startswith("densenet"):
+        layers = {"block_config": (2, 2, 1, 1)}
     model = timm.create_model(name, pretrained=False, num_classes=10, **layers)
     for module in model.modules():  # timm starts residual branches at zero: errors would hide
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
     converted = assert_whole_model_agrees(model, torch.randn(2, 3, 33, 40))
     assert kinds(converted.train()).keys() == SITES[name].keys()
-    convolutional = name == "resnetv2_50"  # its last layer
-    assert ("mean_linear" in kinds(converted.eval())) != convolutional
+    # the last layer of one is a convolution, the other has dropout before it
+    without = name in ("resnetv2_50", "densenet121")
+    assert ("mean_linear" in kinds(converted.eval())) != without
 
 
 def test_what_does_not_fit_is_kept_with_the_reason():
     with torch.device("meta"):
         preactivated = timm.create_model("resnetv2_50", pretrained=False)
-        attentive = timm.create_model("seresnet50", pretrained=False)
-    converted = fastres.convert(preactivated)
-    why = Counter(reasons(converted).values())
-    assert why["batch norm comes before the convolution"] == 16
-    converted = fastres.convert(attentive)
-    assert "Sigmoid" in reasons(converted)["layer1.0.se.fc2"]
+        standardised = timm.create_model("resnetv2_50x1_bit", pretrained=False)
+    assert reasons(fastres.convert(preactivated)) == {}
+    why = Counter(reasons(fastres.convert(standardised)).values())
+    assert why["StdConv2d is not nn.Conv2d"] == 53
 
 
 @pytest.mark.parametrize(

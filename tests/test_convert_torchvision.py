@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from agreement import Calls
 from converting import assert_same, kinds, reasons, results, single_threaded
 from torch import nn
 
 import fastres
 from fastres.compat import import_torchvision
+from fastres.training.memory import peak_bytes
 
 one_thread = pytest.fixture(autouse=True)(single_threaded)
 
@@ -95,9 +97,8 @@ def test_every_site_of_a_segmenter_is_fused(name):
         converted = fastres.convert(segmenter(name))
     # 33 in the backbone, one in the auxiliary head, the head's (DeepLab: five branches and two)
     head = 1 if name.startswith("fcn") else 7
-    expected = {"conv_bn_relu": 33 + 1 + head, "conv_bn_add_relu": 16, "conv_bn": 4}
-    assert kinds(converted) == expected
-    assert set(reasons(converted)) == {"classifier.4", "aux_classifier.4"}  # no batch norm behind
+    expected = {"conv_bn_relu": 33 + 1 + head, "conv_bn_add_relu": 16, "conv_bn": 4, "conv": 2}
+    assert kinds(converted) == expected and reasons(converted) == {}
     assert converted._fastres_entry == "in eval"  # its dropouts draw in memory order
 
 
@@ -128,7 +129,8 @@ def detector() -> nn.Module:
 def test_detection_backbone_with_frozen_batch_norms():
     model = detector()
     converted = fastres.convert(model, inplace=False)
-    assert kinds(converted) == {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4}
+    pyramid = {"conv": 9}  # 8 of the levels', and one of the region proposals' head
+    assert kinds(converted) == {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4} | pyramid
     x = torch.randn(1, 3, 33, 40).double()
     for training in (True, False):
         ours, eager = (
@@ -166,7 +168,14 @@ def test_detector_up_to_its_regions():
         (lambda: models.mobilenet_v2(width_mult=0.25), {"conv_bn": 52}),
         (
             lambda: models.DenseNet(8, (2, 2, 2, 2)),
-            {"conv_bn_relu_pool": 1, "bn_relu": 4, "mean_linear": 1},
+            # of each of 8 layers and 3 transitions, and the norm behind all
+            {
+                "conv_bn_relu_pool": 1,
+                "bn_relu": 12,
+                "conv_bn_relu": 8,
+                "conv": 11,
+                "mean_linear": 1,
+            },
         ),
     ],
     ids=["vgg", "mobilenet", "densenet"],
@@ -179,6 +188,46 @@ def test_other_families_are_right_too(make, expected):
         ours, eager = (results(m, [x], training, grad=False) for m in (converted, model))
         assert_same(ours, eager)
     assert kinds(converted) == expected
+
+
+def test_densenets_layers_take_a_list_or_a_tensor():
+    """They ask which of the two their argument is."""
+    layer = models.densenet._DenseLayer(8, 4, 2, 0.0).double()
+    converted = fastres.convert(layer, inplace=False)
+    assert kinds(converted) == {"bn_relu": 1, "conv_bn_relu": 1, "conv": 1}
+    x = torch.randn(2, 8, 5, 7).double()
+    for training in (True, False):
+        layer.train(training)
+        converted.train(training)
+        for argument in (x, [x[:, :3], x[:, 3:]]):
+            with Calls() as calls:
+                ours = converted(argument)
+            assert "bn_relu" in calls.names
+            torch.testing.assert_close(ours, layer(argument))
+    with Calls() as calls:  # a tuple is neither
+        torch.testing.assert_close(converted((x,)), layer((x,)))
+    assert "bn_relu" not in calls.names
+
+
+def test_densenets_layers_that_checkpoint_are_left_to_eager():
+    layer = models.densenet._DenseLayer(8, 4, 2, 0.0, memory_efficient=True)
+    converted = fastres.convert(layer, inplace=False)
+    assert kinds(converted) == {} and "it iterates over" in reasons(converted)["conv1"]
+
+
+def test_a_densenet_trains_in_less_memory():
+    """Between batch norm and convolution nothing is kept: see test_recompute.py."""
+    model = models.DenseNet(8, (4, 4), 16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+
+    def peak(net):
+        def step():
+            net(x).sum().backward()
+
+        step()  # what stays
+        return peak_bytes(step, torch.device("cpu"))
+
+    assert peak(fastres.convert(model, inplace=False)) < 0.85 * peak(model)
 
 
 def test_feature_extraction_from_a_converted_model():

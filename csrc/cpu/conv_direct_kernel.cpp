@@ -112,20 +112,31 @@ template <typename T>
 void gather_values(const ConvShape& shape, const T* input, Range pixels, float* rows) {
   const int64_t count = pixels.size(), values = shape.taps() * shape.c;
   const int64_t chunks = ceil_div(values, kChunk);
-  float* const line = rows + chunks * count * kChunk;
+  float* const lines = rows + chunks * count * kChunk;
   Pixel at(shape, pixels.begin);
-  for (int64_t row = 0; row < count; ++row, at.advance(shape)) {
-    gather_line(shape, input, at, line);
-    fill_zeros(chunks * kChunk - values, line + values);
-    for (int64_t i = 0; i < chunks; ++i) {
-      copy_chunk(line + i * kChunk, rows + (i * count + row) * kChunk);
+  for (int64_t row = 0; row < count; row += kLines) {
+    const int64_t height = std::min(kLines, count - row);
+    for (int64_t i = 0; i < height; ++i, at.advance(shape)) {
+      float* const line = lines + i * chunks * kChunk;
+      gather_line(shape, input, at, line);
+      fill_zeros(chunks * kChunk - values, line + values);
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* from = lines + chunk * kChunk;
+      float* to = rows + (chunk * count + row) * kChunk;
+      for (int64_t i = 0; i < height; ++i, from += chunks * kChunk, to += kChunk) {
+        copy_chunk(from, to);
+      }
     }
   }
 }
 
-// Where the sums of a panel go; `lanes` of its channels exist, all of them if kWhole.
-template <typename T, bool kWhole>
+// Where the sums of a panel go; `lanes` of its channels exist, all of them if kWhole, none of the
+// right half unless kBoth.
+template <typename T, bool kWhole, bool kBothHalves = true>
 struct ToOutput {
+  static constexpr bool kBoth = kBothHalves;
+
   T* output;
   Finish<T> finish;
   int64_t offset, stride, lanes;
@@ -156,7 +167,7 @@ struct ToOutput {
     } else {
       const int64_t count = std::min(lanes, kVec);
       store_vec(finish(left, at, count), output + at, count);
-      if (lanes > kVec) {
+      if (kBoth && lanes > kVec) {
         store_vec(finish(right, at + kVec, lanes - kVec), output + at + kVec, lanes - kVec);
       }
     }
@@ -179,6 +190,9 @@ void run_on(const In* input, const ConvShape& shape, const ConvOperands<T>& oper
     const int64_t offset = pixels.begin * shape.k + channel;
     if (lanes >= kPanel) {
       const ToOutput<T, true> to{operands.output, finish, offset, shape.k, lanes};
+      multiply_panel(count, in, coming, to);
+    } else if (lanes <= kVec) {
+      const ToOutput<T, false, false> to{operands.output, finish, offset, shape.k, lanes};
       multiply_panel(count, in, coming, to);
     } else {
       const ToOutput<T, false> to{operands.output, finish, offset, shape.k, lanes};

@@ -15,8 +15,9 @@ namespace {
 // worth more.
 constexpr int64_t kBlockValues = 256 * 1024, kWinogradBlockValues = 512 * 1024;
 constexpr int64_t kMostPixels = 112;
-// Rows below which another split of the channels serves better than another block.
-constexpr int64_t kLeastRows = 28;
+// Rows below which another split of the channels serves better than another block, and below which
+// another thread costs more than it takes over.
+constexpr int64_t kLeastRows = 28, kFewestRows = 7;
 // Rows of the output that grouped convolutions compute from one packed part of the input.
 constexpr int64_t kMostOutputRows = 14;
 // Channels of a group up to which they are ahead of oneDNN's in inference, as measured on Zen 4.
@@ -53,7 +54,7 @@ double cycles(const ConvShape& shape, ConvAlgorithm algorithm, const ConvChoice&
   const auto work = work_of(shape, algorithm);
   const auto rows = static_cast<double>(work.rows) * work.share;
   const auto depth = static_cast<double>(work.depth);
-  const auto outputs = static_cast<double>(round_up(shape.k, choice.panel));
+  const auto outputs = static_cast<double>(round_up(shape.k, choice.panel / 2));
   const auto sums = rows * static_cast<double>(work.positions) * outputs;
   const bool pack = choice.pack && is_winograd(algorithm);
   const bool plain = is_plain(algorithm);
@@ -177,7 +178,9 @@ ConvJobs plan_jobs(const ConvShape& shape, ConvAlgorithm algorithm, int64_t pane
                                                     : kMostPixels;
   const int64_t values = winograd ? kWinogradBlockValues : kBlockValues;
   const int64_t most = std::clamp(values / work.depth, int64_t{14}, most_rows);
-  int64_t blocks = std::max(ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows));
+  const int64_t idle = ceil_div(threads, panels);  // blocks that threads without a panel could take
+  int64_t blocks = std::max({ceil_div(work.rows, most), std::min(threads, work.rows / kLeastRows),
+                             std::min(idle, work.rows / kFewestRows)});
   if (blocks > threads) blocks = std::min(round_up(blocks, threads), work.rows);
   blocks = std::max(blocks, int64_t{1});
   return {work.rows, blocks, panels, std::min(panels, ceil_div(threads, blocks))};

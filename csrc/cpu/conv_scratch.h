@@ -19,7 +19,7 @@ inline int64_t scratch_values(const ConvShape& shape, ConvAlgorithm algorithm, i
     return part.rows * part.columns * form.pixel() + kChunk;
   }
   const int64_t c = shape.c / channels_a_lane(algorithm);
-  return (rows + 1) * round_up(shape.taps() * c, kChunk) + kChunk;
+  return (rows + kLines) * round_up(shape.taps() * c, kChunk) + kChunk;
 }
 
 }  // namespace fastres::cpu

@@ -37,6 +37,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // into one set of the cache.
 constexpr int64_t kPositionSkew = 5 * kChunk;
 
+// Pixels that the direct kernel lines the values of up, where channels are few or odd, before it
+// reads the first again: what several stores wrote can be loaded once it is in the cache.
+constexpr int64_t kLines = 16;
+
 // Winograd tiles of a job at most: their rows and sums share the second-level cache.
 constexpr int64_t kMostTiles = 32;
 

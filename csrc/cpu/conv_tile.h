@@ -39,13 +39,15 @@ FASTRES_INLINE Vec multiply_add(const Vec& x, const Vec& weight, const Vec& sum)
 #endif
 }
 
-// Nested, not an array: GCC keeps the members of a structure in registers, but spills arrays.
-template <int kRows>
+// Nested, not an array: GCC keeps the members of a structure in registers, but spills arrays. Of a
+// panel whose right half has no channels, that half stays zero and costs nothing.
+template <int kRows, bool kBoth = true>
 struct Accumulators {
-  Accumulators<kRows - 1> above;
+  Accumulators<kRows - 1, kBoth> above;
   Vec left, right;
 
-  FASTRES_INLINE Accumulators(const Vec& l, const Vec& r) : above(l, r), left(l), right(r) {}
+  FASTRES_INLINE Accumulators(const Vec& l, const Vec& r)
+      : above(l, r), left(l), right(kBoth ? r : Vec(0.0f)) {}
 
   // a[row * kStride] times b, in every row.
   template <int64_t kStride>
@@ -53,7 +55,7 @@ struct Accumulators {
     above.template add<kStride>(a, b_left, b_right);
     const Vec x(a[(kRows - 1) * kStride]);
     left = multiply_add(x, b_left, left);
-    right = multiply_add(x, b_right, right);
+    if constexpr (kBoth) right = multiply_add(x, b_right, right);
   }
 
   template <typename F>
@@ -63,8 +65,8 @@ struct Accumulators {
   }
 };
 
-template <>
-struct Accumulators<0> {
+template <bool kBoth>
+struct Accumulators<0, kBoth> {
   FASTRES_INLINE Accumulators(const Vec&, const Vec&) {}
   template <int64_t kStride>
   FASTRES_INLINE void add(const float*, const Vec&, const Vec&) {}
@@ -123,9 +125,9 @@ FASTRES_INLINE void prefetch_panel(const T* p) {
 // Chunks that are summed up in one go. Longer sums are sums of such sums: they lose less.
 constexpr int64_t kGroup = 16;
 
-// to(row, left, right) gets the two vectors of every row's sums. next.prefetch(row) is told of as
-// many rows, bit by bit: memory that is asked for all at once makes the weights wait. `earlier` has
-// room for the sums of a tile.
+// to(row, left, right) gets the two vectors of every row's sums; Store::kBoth says whether there
+// are channels in the right one. next.prefetch(row) is told of as many rows, bit by bit: memory
+// that is asked for all at once makes the weights wait. `earlier` has room for the sums of a tile.
 //
 // Structures come by reference and are copied here, member by member, into registers. Copied by the
 // caller, vector by vector, they would be read right after their members were written, which waits
@@ -137,7 +139,8 @@ __attribute__((noinline)) void multiply(const Panels& panels, const Prefetch& fo
   Panels in = panels;
   Prefetch weights = following;
   const Store store = to, coming = next;
-  Accumulators<kRows> sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
+  using Sums = Accumulators<kRows, Store::kBoth>;
+  Sums sums(Vec::loadu(in.start), Vec::loadu(in.start + kVec));
   const float* b = in.weight;
   int64_t prefetched = 0;
   for (int64_t i = 0; i < in.chunks; ++i, in.rows += in.stride) {
@@ -148,7 +151,7 @@ __attribute__((noinline)) void multiply(const Panels& panels, const Prefetch& fo
         left.store(sum);
         right.store(sum + kVec);
       });
-      sums = Accumulators<kRows>(Vec(0.0f), Vec(0.0f));
+      sums = Sums(Vec(0.0f), Vec(0.0f));
     }
     weights.step();
     rows.step();

@@ -84,14 +84,18 @@ bool can_compute_direct_wgrad(const ConvShape& shape) {
 
 // Measured on Zen 4, 2 threads, ResNet-50's shapes of 8 images. Where the filters see few values,
 // what is packed and gathered is multiplied too seldom. In float32 the others take 0.6 (3x3 filters
-// at stride 2) to 1.05 of oneDNN's time, 0.9 in all; with AVX2 alone 0.8 in all, but 64 and 128
-// filters of 256 channels at 56x56 read 1.04 and 1.16. In bfloat16 those of one tap and at stride 2
-// take 0.8 to 1 unless their pixels are few. Intel's processors have not been measured.
+// at stride 2) to 1.05 of oneDNN's time, 0.9 in all. With AVX2 alone, whose tiles share less of
+// what is gathered, 3x3 filters at stride 2 take 0.6 to 0.99 and those of one tap 0.7 to 0.96 at
+// 392 and 784 pixels, but 1.03 to 1.35 of more. In bfloat16 those of one tap and at stride 2 take
+// 0.8 to 1 unless their pixels are few. Intel's processors have not been measured.
 bool choose_direct_wgrad(const ConvShape& shape, bool bf16) {
-  constexpr int64_t kLeastValues = 256;
+  constexpr int64_t kLeastValues = 256, kMostPixelsOfAvx2 = 1024;
   if (!can_compute_direct_wgrad(shape) || is_intel()) return false;
   if (shape.taps() * shape.c < kLeastValues) return false;
-  if (!bf16) return true;
+  if (!bf16) {
+    return capability() == Capability::kAvx512 || shape.taps() > 1 ||
+           shape.pixels() <= kMostPixelsOfAvx2;
+  }
   const bool gathers_often = shape.taps() > 1 && shape.stride == Pair{1, 1};
   return bfloat16_unit() != Bfloat16Unit::kMatrix && !gathers_often && shape.pixels() > kFewPixels;
 }

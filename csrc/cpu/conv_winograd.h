@@ -201,8 +201,10 @@ Prefetch prefetch_tiles(const ConvShape& shape, const WinogradGrid& grid, const 
 
 // Where the sums of a position go. Meanwhile what the transforms back will read and write is
 // fetched: at each position one pixel of every tile, at the last ones nothing.
-template <typename T>
+template <typename T, bool kBothHalves>
 struct ToSums {
+  static constexpr bool kBoth = kBothHalves;
+
   float* sums;
   const int64_t* corners;  // of the tiles in the output; null for nothing
   T* output;               // a tile's pixel, counted from its corner
@@ -222,7 +224,7 @@ struct ToSums {
 
   FASTRES_INLINE void operator()(int64_t row, Vec left, Vec right) const {
     left.store(sums + row * kPanel);
-    right.store(sums + row * kPanel + kVec);
+    if constexpr (kBoth) right.store(sums + row * kPanel + kVec);
   }
 };
 
@@ -298,6 +300,15 @@ class TransformedFilters {
   }
 
   void multiply(int64_t panel, const Positions& at) {
+    const bool both = shape_.k - panel * kPanel > kVec;
+    both ? multiply_halves<true>(panel, at) : multiply_halves<false>(panel, at);
+  }
+
+ private:
+  static constexpr WinogradForm kForm{m, r, stride};
+
+  template <bool kBoth>
+  void multiply_halves(int64_t panel, const Positions& at) {
     constexpr int kIn = Tiling<m, r>::kIn;
     const float* weight = operands_.weight + panel * kForm.depth(shape_.c) * kPanel;
     for (int position = 0; position < kIn * kIn; ++position) {
@@ -312,16 +323,13 @@ class TransformedFilters {
       const int64_t pixel = (position / m * shape_.q + position % m) * shape_.k + panel * kPanel;
       const T* const residual =
           operands_.residual == nullptr ? nullptr : operands_.residual + pixel;
-      const ToSums<T> to{at.sums + position * at.sums_stride + having.begin * kPanel,
-                         position < m * m ? corners_ + having.begin : nullptr,
-                         operands_.output + pixel, residual};
+      const ToSums<T, kBoth> to{at.sums + position * at.sums_stride + having.begin * kPanel,
+                                position < m * m ? corners_ + having.begin : nullptr,
+                                operands_.output + pixel, residual};
       multiply_panel(having.size(), in, coming_, to);
       weight += in.weights();
     }
   }
-
- private:
-  static constexpr WinogradForm kForm{m, r, stride};
 
   const ConvShape& shape_;
   const ConvOperands<T>& operands_;

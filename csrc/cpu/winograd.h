@@ -80,14 +80,17 @@ struct Winograd<4, 3> : WinogradOfSix {
   static constexpr double kPlainScale[6] = {1 / kZeroNorm, 1 / kNearNorm, 1 / kNearNorm,
                                             1 / kFarNorm,  1 / kFarNorm,  1 / (a * a * a * a * a)};
 
-  // tap(i) gives the i-th scaled tap of three.
-  template <int point, int taps, typename Tap>
+  // tap(i) gives the i-th scaled tap of three. With `adding` there is no multiplication.
+  template <int point, int taps, bool adding, typename Tap>
   static inline auto filter_at(const Tap& tap) {
     using V = decltype(tap(0));
     if constexpr (point == 0 || point == 5) {
       return tap(point == 0 ? 0 : 2);
     } else {
-      const V even = point < 3 ? tap(0) + tap(2) : fmadd(V(4.0f), tap(2), tap(0));
+      const V twice = tap(2) + tap(2);
+      const V even = point < 3 ? tap(0) + tap(2)
+                     : adding  ? tap(0) + (twice + twice)
+                               : fmadd(V(4.0f), tap(2), tap(0));
       const V odd = point < 3 ? tap(1) : tap(1) + tap(1);
       return point % 2 == 1 ? even + odd : even - odd;
     }
@@ -197,7 +200,7 @@ struct Winograd<4, 2> {
   static constexpr double kPlainScale[5] = {1 / kNearNorm, -1 / kNearNorm, 1 / kFarNorm,
                                             -1 / kFarNorm, 1 / (a * a * a * a)};
 
-  template <int point, int taps, typename Tap>
+  template <int point, int taps, bool, typename Tap>
   static inline auto filter_at(const Tap& tap) {
     using V = decltype(tap(0));
     if constexpr (taps == 1) {

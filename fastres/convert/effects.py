@@ -15,7 +15,7 @@ from torch.fx import Node
 from .. import sites
 from .purity import Refused
 from .swap import is_plain_container, original_class
-from .trace import IN_PLACE_OPERATORS, Trace, trace
+from .trace import IN_PLACE_OPERATORS, Trace, traces
 
 _FRESH_FUNCTIONS = frozenset({
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg,
@@ -105,10 +105,11 @@ class Effects:
             changes = bool(getattr(module, "inplace", False))
             return changes or cls not in _FRESH, changes
         try:
-            inner = trace(module, cls.forward, self.traced.training, is_plain_container)
+            inner = traces(module, cls.forward, self.traced.training, is_plain_container)
         except Refused:
             return True, True
-        return Effects(inner, self.known).on_arguments()
+        effects = [Effects(each, self.known).on_arguments() for each in inner]
+        return tuple(map(any, zip(*effects, strict=True)))
 
 
 def _works_in_place(node: Node) -> bool:

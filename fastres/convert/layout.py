@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from ..backend import serving
 from ..memory_format import has_channels_last_strides, to_channels_last
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 ALWAYS, IN_EVAL = "always", "in eval"  # what an entry's _fastres_entry says
 
 # entry -> (number of hooks ever registered when it was looked at, whether any sees values)
@@ -25,15 +27,18 @@ def run(function, module: nn.Module, args: tuple):
     """``function(module, *args)``, in channels_last if that serves."""
     if not _applies(module, args):
         return function(module, *args)
-    output = function(module, *(to_channels_last(arg) if _is_image(arg) else arg for arg in args))
-    return _contiguous(output)
+    images = [to_channels_last(arg) if _is_image(arg) else arg for arg in args]
+    return _contiguous(function(module, *images))
 
 
 def _applies(module: nn.Module, args: tuple) -> bool:
-    image = next((arg for arg in args if _is_image(arg)), None)
+    for image in args:
+        if _is_image(image):
+            break
+    else:
+        return False
     return (
-        image is not None
-        and image.is_contiguous()
+        image.is_contiguous()
         and not has_channels_last_strides(image)
         and image.numel() > 0
         and not (module.training and module._fastres_entry == IN_EVAL)
@@ -45,10 +50,7 @@ def _applies(module: nn.Module, args: tuple) -> bool:
 
 def _is_image(value) -> bool:
     return (
-        isinstance(value, Tensor)
-        and value.dim() == 4
-        and value.device.type == "cpu"
-        and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        isinstance(value, Tensor) and value.dim() == 4 and value.is_cpu and value.dtype in _DTYPES
     )
 
 

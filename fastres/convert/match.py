@@ -1,7 +1,7 @@
 """Fusable patterns in a traced forward, and why the rest is none.
 
 The patterns are ``[convolution ->] batch norm [-> identities] [-> addition] [-> ReLU]`` and
-``addition -> ReLU``; in eval also ``convolution ... ReLU -> max-pool`` and those of :mod:`.heads`.
+``addition -> ReLU``, and what convolutions are left; in eval also ``convolution ... ReLU -> max-pool`` and those of :mod:`.heads`.
 A fused call stands where its last node stood; it computes the same only if every value inside is
 used once, and if nothing in between changes what the call reads.
 """
@@ -70,7 +70,8 @@ class Matches:
 
 
 def find(traced: Trace, effects: Effects) -> Matches:
-    """All matches in a trace, the longest first at each ReLU, then what is left at batch norms."""
+    """All matches in a trace, the longest first at each ReLU, then what is left at batch norms, at
+    last bare convolutions."""
     return _Finder(traced, effects).run()
 
 
@@ -93,6 +94,9 @@ class _Finder:
             self.result.found = [self.with_pool(match) for match in self.result.found]
         for node in self.nodes:
             self.first_safe(node, heads.ending_in(node, self.traced))
+        for node in self.nodes:
+            if node not in self.taken and self.is_conv(node):
+                self.first_safe(node, [Match([node], node.args[0], node.target)])
         self.result.found.sort(key=lambda match: self.place[match.nodes[-1]])
         if self.traced.training:
             self.result.chains = self.chained()
@@ -133,6 +137,10 @@ class _Finder:
         if node.op == "call_function":
             return node.target in _RELU_FUNCTIONS
         return node.op == "call_method" and node.target in _RELU_METHODS
+
+    def is_conv(self, node: Node) -> bool:
+        module = self.traced.module(node)
+        return isinstance(module, nn.Conv2d) and not sites.why_not_conv(module) and _unary(node)
 
     def is_bn(self, node) -> bool:
         module = self.traced.module(node)
@@ -251,26 +259,13 @@ class _Finder:
     def why_alone(self, node: Node) -> str:
         module = self.traced.module(node)
         if isinstance(module, nn.Conv2d):
-            return self.why_not_conv(node) or self.why_not_followed(node)
+            return sites.why_not_conv(module) or _why_not_unary(node)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or (module and sites.is_bn(module)):
             return self.why_not_bn(node) or self.why_bn_alone(node)
         if isinstance(module, nn.ReLU) or (module is None and self.is_relu(node)):
             act = module if module is not None else F.relu
             return sites.why_not_act(act) or self.why_relu_alone(node)
         return ""
-
-    def why_not_followed(self, conv: Node) -> str:
-        user = next(iter(conv.users))
-        module = self.traced.module(user)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (module and sites.is_bn(module)):
-            return self.why_not_bn(user) or "its input may be changed before the batch norm"
-        before = self.traced.module(conv.args[0])
-        while isinstance(before, nn.ReLU):
-            conv = conv.args[0]
-            before = self.traced.module(conv.args[0])
-        if before is not None and sites.is_bn(before):
-            return "batch norm comes before the convolution"
-        return f"no batch norm follows, but {self.name(user)}"
 
     def why_bn_alone(self, bn: Node) -> str:
         if not _used_once(bn):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import sites, stems
@@ -18,7 +18,7 @@ from .effects import Effects
 from .program import Name, program_of
 from .purity import Refused, attribute_path, module_path
 from .swap import is_plain_container, original_class
-from .trace import Trace, trace
+from .trace import Trace, trace, traces
 
 _count = itertools.count()
 
@@ -60,7 +60,8 @@ class Mode:
     on_strides: str = ""  # why the forward depends on its values' strides
     rewritten: bool = False  # to depend on them no longer
     random: bool = False  # draws random numbers
-    program: Callable | None = None  # the same as run, where nothing was burned in
+    program: Callable | None = None  # the same as run, where `condition` holds
+    condition: Callable[[nn.Module], bool] | None = None  # `holds`; None if nothing was burned in
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ class Plan:
         object.__setattr__(self, "arity", len(self.required))
         object.__setattr__(self, "run_train", self.train.run)
         object.__setattr__(self, "run_evaluate", self.evaluate.run)
-        object.__setattr__(self, "program_train", self.train.program)
-        object.__setattr__(self, "program_evaluate", self.evaluate.program)
+        for name, mode in (("train", self.train), ("evaluate", self.evaluate)):  # for program.cpp
+            object.__setattr__(self, f"program_{name}", mode.program)
+            object.__setattr__(self, f"condition_{name}", mode.condition)
 
     @property
     def serves(self) -> bool:
@@ -105,25 +107,31 @@ def _no_plan() -> None:
 
 def build(module: nn.Module, known: dict) -> Plan:
     """Plan ``module``'s forward; a mode that cannot be planned runs the author's forward."""
-    modes, traces = [], []
+    modes, found = [], []
     for training in (True, False):
         try:
-            traced, matches = _analyse(module, training, known)
-            modes.append(_mode(module, traced, matches, known))
+            mode = Mode(original_class(module).forward)
+            for traced, matches in _analyse(module, training, known):
+                mode = _mode(module, traced, matches, known, otherwise=mode.run)
+                found.append(traced)
+            modes.append(mode)
         except Refused as refusal:
             modes.append(Mode(original_class(module).forward, refusal=str(refusal)))
-        else:
-            traces.append(traced)
-    if not traces:
+    if not found:
         return Plan(*modes)
-    names = frozenset().union(*(traced.names for traced in traces))
-    return Plan(*modes, traces[0].required, traces[0].defaults, names)
+    names = frozenset().union(*(traced.names for traced in found))
+    return Plan(*modes, found[0].required, found[0].defaults, names)
 
 
-def _analyse(module: nn.Module, training: bool, known: dict) -> tuple[Trace, match.Matches]:
-    """Trace and match, looking into those containers only whose border a match crosses."""
-    forward = original_class(module).forward
-    traced = trace(module, forward, training, is_plain_container)
+def _analyse(module: nn.Module, training: bool, known: dict) -> list[tuple[Trace, match.Matches]]:
+    """Trace and match, as often as there are types that the arguments may have."""
+    found = traces(module, original_class(module).forward, training, is_plain_container)
+    return [_analysed(module, traced, known) for traced in found]
+
+
+def _analysed(module: nn.Module, traced: Trace, known: dict) -> tuple[Trace, match.Matches]:
+    """The matches of a trace, made again to look into those containers only whose border a match
+    crosses."""
     matches = match.find(traced, Effects(traced, known))
     crossed = set()
     for found in matches.found:
@@ -137,7 +145,8 @@ def _analyse(module: nn.Module, training: bool, known: dict) -> tuple[Trace, mat
     }
     if len(keep) < len(traced.inlined):
         kept = {traced.modules[path] for path in keep}
-        traced = trace(module, forward, training, kept.__contains__)
+        forward, kind = original_class(module).forward, next(iter(traced.types.values()), None)
+        traced = trace(module, forward, traced.training, kept.__contains__, kind)
         matches = match.find(traced, Effects(traced, known))
     return traced, matches
 
@@ -148,7 +157,10 @@ def _container(node: Node, traced: Trace) -> str:
     return parent if parent in traced.inlined else ""
 
 
-def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict) -> Mode:
+def _mode(
+    module: nn.Module, traced: Trace, matches: match.Matches, known: dict, otherwise: Callable
+) -> Mode:
+    """What serves under what the trace holds under, and else ``otherwise``."""
     if not traced.required:
         raise Refused("forward has no required parameter")
     random = any(map(region.draws_random_numbers, traced.graph.nodes))
@@ -167,10 +179,11 @@ def _mode(module: nn.Module, traced: Trace, matches: match.Matches, known: dict)
     program = program_of(traced, {_RELU: F.relu})
     for chain in matches.chains:  # the program's sites stay apart: a chain is no CPU's
         _join(traced.graph, [replaced[each.nodes[-1]] for each in chain])
-    run, holds = _generate(module, traced, program)
+    run, holds = _generate(module, traced, program, otherwise)
     return Mode(
         run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
-        random=random, program=None if _conditions(traced) else program,
+        random=random, program=None if traced.types else program,
+        condition=holds if _conditions(traced) else None,
     )  # fmt: skip
 
 
@@ -188,7 +201,9 @@ def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> N
         rest = {"via": tuple(get(path) for path in found.via), "in_place": found.in_place}
         rest = {name: value for name, value in rest.items() if value}
         bn, added = get(found.bn), residual is not None
-        if bn is None:
+        if bn is None and found.conv is not None:
+            call = graph.call_function(sites.convolve, (input, get(found.conv)))
+        elif bn is None:
             call = graph.call_function(calls.add_act, (input, residual, act), rest)
         elif found.conv is None:
             target = calls.bn_add_act if added else sites.bn_act
@@ -259,7 +274,18 @@ def _conditions(traced: Trace) -> list[str]:
     return conditions + [f"_is_plain_container({attribute_path(p)})" for p in traced.inlined]
 
 
-def _generate(module: nn.Module, traced: Trace, program) -> tuple[Callable, Callable]:
+def _is_as_traced(argument, kind: type) -> bool:
+    """Whether an argument is a tensor or a list of tensors, whichever; what stands for a tensor while
+    somebody traces the model is none."""
+    if kind is list and type(argument) is not list:
+        return False
+    tensors = argument if kind is list else (argument,)
+    return all(type(tensor) is Tensor for tensor in tensors)
+
+
+def _generate(
+    module: nn.Module, traced: Trace, program, otherwise: Callable
+) -> tuple[Callable, Callable]:
     """The graph as a function of ``self`` and the arguments, and the check it stands behind.
 
     Where the extension serves, its program takes the function's place.
@@ -274,9 +300,14 @@ def _generate(module: nn.Module, traced: Trace, program) -> tuple[Callable, Call
     definition, body = code.src.lstrip().split("\n", 1)
     source = f"def holds(self):\n    return {' and '.join(conditions) or True}\n\n\n{definition}\n"
     arguments = definition[definition.index("(") : definition.index(")") + 1]
+    conditions = [f"_is_as_traced({name}, _types[{name!r}])" for name in traced.types]
+    conditions += ["holds(self)"] if _conditions(traced) else []
     if conditions:
-        namespace["_author"] = original_class(module).forward
-        source += f"    if not holds(self):\n        return _author{arguments}\n"
+        namespace |= {"_otherwise": otherwise, "_types": traced.types}
+        namespace["_is_as_traced"] = _is_as_traced
+        source += (
+            f"    if not ({' and '.join(conditions)}):\n        return _otherwise{arguments}\n"
+        )
     if program is not None:
         source += f'    if _extension_serves("conv_bn_relu"):\n        return _program{arguments}\n'
     file = f"<fastres {original_class(module).__name__} {next(_count)}>"

@@ -14,6 +14,7 @@ _SITES = {
     sites.conv_bn_act: "conv_bn_act",
     calls.conv_bn_add_act: "conv_bn_act",
     sites.bn_act: "bn_act",
+    sites.convolve: "convolve",
     stems.conv_bn_act_pool: "conv_bn_act_pool",
 }
 

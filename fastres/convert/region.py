@@ -11,7 +11,7 @@ from .effects import Effects
 from .layout import ALWAYS, IN_EVAL
 from .purity import Refused
 from .swap import is_plain_container, original_class
-from .trace import Trace, trace
+from .trace import Trace, traces
 
 # same numbers, but for any strides
 _FOR_ANY_STRIDES = {"view": "reshape", "view_as": "reshape_as"}
@@ -92,10 +92,11 @@ def _may_enter(module: nn.Module, plans: dict, known: dict) -> bool:
         return False
     for training in (True, False):
         try:
-            traced = trace(module, original_class(module).forward, training, is_plain_container)
+            forward = original_class(module).forward
+            found = traces(module, forward, training, is_plain_container)
         except Refused:
             return False
-        if any(Effects(traced, known).on_arguments()):
+        if any(any(Effects(traced, known).on_arguments()) for traced in found):
             return False
     return True
 

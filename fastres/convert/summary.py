@@ -121,6 +121,8 @@ class _Summariser:
         device = tensors[0].device if tensors else torch.device("cpu")
         folded = kind.startswith("conv") and not modules[0].training
         operator = "conv_bn_relu" if folded else "bn_relu" if "bn" in kind else "add_relu"
+        if kind == "conv":  # see sites.convolve
+            return serving("conv_bn_relu", device) if device.type == "cpu" else "eager"
         if kind in (heads.KIND, stems.KIND):
             operator = kind
         return serving(operator, device)
@@ -161,6 +163,8 @@ class _Summariser:
         if site.conv and (conv_reason := sites.why_not_conv(modules[0])) and not reason:
             self.add(path, "conv", modules[:1], conv_reason)
             kind, modules = kind.removeprefix("conv_"), modules[1:]
+            if not modules:
+                return
         rest = [m for m in modules if not (site.conv and m is modules[0] and "conv" in kind)]
         why_not = heads.why_not if kind == heads.KIND else _why_not
         reasons = filter(None, map(why_not, rest))

@@ -4,6 +4,7 @@ Plain ``nn.Sequential`` containers may be looked into, so that a pattern that cr
 border is seen. A trace that :mod:`fastres.convert.purity` does not vouch for is refused.
 """
 
+import contextlib
 import gc
 import inspect
 import operator
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,8 @@ class Trace:
     """A forward's graph and what it holds under.
 
     ``required`` are the parameters that became placeholders; ``defaults`` the others', burned in.
-    ``guards`` maps expressions on ``self`` and the names in ``libraries`` to expected values.
+    ``guards`` maps expressions on ``self`` and the names in ``libraries`` to expected values,
+    ``types`` the parameters that the forward asked for their type to the one it was told.
     """
 
     graph: Graph
@@ -46,6 +48,7 @@ class Trace:
     libraries: dict[str, object]
     inlined: tuple[str, ...]
     modules: dict[str, nn.Module]
+    types: dict[str, type]
 
     def module(self, node: object) -> nn.Module | None:
         """The leaf that ``node`` calls; None for anything else."""
@@ -54,32 +57,55 @@ class Trace:
         return None
 
 
-def trace(
+class TypeAsked(Refused):
+    """The forward asks for the type of an argument."""
+
+
+def traces(
     module: nn.Module, forward: Callable, training: bool, inline: Callable[[nn.Module], bool]
-) -> Trace:
+) -> list[Trace]:
+    """:func:`trace`; of a forward that asks for its arguments' type, as if they were tensors and as
+    if they were lists of them (DenseNet's layers take either), those that can be traced."""
+    try:
+        return [trace(module, forward, training, inline)]
+    except TypeAsked as refusal:
+        found = []
+        for kind in (Tensor, list):
+            with contextlib.suppress(Refused):
+                found.append(trace(module, forward, training, inline, kind))
+        if not found:
+            raise refusal from None
+        return found
+
+
+def trace(
+    module: nn.Module, forward: Callable, training: bool, inline: Callable[[nn.Module], bool],
+    kind: type | None = None,
+) -> Trace:  # fmt: skip
     """Trace ``forward``, a function of ``module``'s class, as in train or eval mode.
 
-    ``inline`` says which child modules to look into. Raises :class:`Refused`.
+    ``inline`` says which child modules to look into, ``kind`` what arguments are where that is
+    asked. Raises :class:`Refused`.
     """
     required, defaults = _parameters(forward)
     with _lock:
-        tracer = _Tracer(module, forward, training, len(required), inline)
+        tracer = _Tracer(module, forward, training, len(required), inline, kind)
         try:
             graph = tracer.run()
         except Refused:
             raise
         except Exception as error:  # noqa: BLE001 - the author's code may raise anything
             message = tracer.failure or str(error).strip().split("\n")[0]
-            raise Refused(f"forward could not be traced: {message}") from None
+            raise tracer.refusal(f"forward could not be traced: {message}") from None
     if tracer.failure:  # and the forward swallowed the error, or only asked
-        raise Refused(f"forward could not be traced: {tracer.failure}")
+        raise tracer.refusal(f"forward could not be traced: {tracer.failure}")
     if tracer.keeps_values():
         raise Refused("forward keeps a tensor beyond the call")
     guards = {**tracer.watch.guards, **tracer.structure_guards()}
     modules = {path: m for m, path in tracer.paths.items()}
     return Trace(
         graph, training, required, defaults, tracer.watch.names, guards, tracer.watch.libraries,
-        tuple(tracer.inlined), modules,
+        tuple(tracer.inlined), modules, tracer.types,
     )  # fmt: skip
 
 
@@ -110,12 +136,15 @@ class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
     traced_func_name = "__call__"  # any function will do, see create_args_for_root
 
-    def __init__(self, module, forward, training: bool, arity: int, inline):
+    def __init__(self, module, forward, training: bool, arity: int, inline, kind: type | None):
         super().__init__(autowrap_modules=())
         self.module, self.forward, self.arity, self.inline = module, forward, arity, inline
         self.paths: dict[nn.Module, str] = {m: path for path, m in module.named_modules()}
         self.inlined: dict[str, nn.Module] = {}
         self.failure = ""
+        self.kind = kind
+        self.types: dict[str, type] = {}
+        self.refusal = Refused
         self.watch = Watch(module, training, self.path_of_module)
         self._thread = threading.get_ident()
         self._values: list[weakref.ref] = []
@@ -186,6 +215,17 @@ class _Tracer(torch.fx.Tracer):
         self.failure = "it iterates over a tensor"
         return super().iter(obj)
 
+    def type_of(self, value: Proxy) -> type:
+        """What the author's code is told of a traced value's type."""
+        if value.node.op != "placeholder":
+            self.asked("a value's type")
+        elif self.kind is None:
+            self.asked("an argument's type")
+            self.refusal = TypeAsked
+        else:
+            return self.types.setdefault(value.node.target, self.kind)
+        return type(value)
+
     def asked(self, what: str) -> None:
         """The author's code asks what a traced value is, which is not what it will be."""
         self.failure = self.failure or f"a decision depends on {what}"
@@ -228,7 +268,7 @@ class _Value(Proxy):
     @property
     def __class__(self):
         if is_authors(sys._getframe(1).f_code) and not self.tracer.watch.parsing:
-            self.tracer.asked("an argument's type")
+            return self.tracer.type_of(self)
         return type(self)
 
 

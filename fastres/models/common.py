@@ -1,11 +1,7 @@
-"""What the families share: stems, bare convolutions, initialisation, depths."""
+"""What the families share: stems, initialisation, depths."""
 
-import functools
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from .. import branches, sites
 from ..nn import BasicBlock, Bottleneck
 
 STEMS = ("imagenet", "cifar")
@@ -26,38 +22,6 @@ def stem_convolution(stem: str, in_channels: int, planes: int) -> nn.Conv2d:
 def stem_pooling(stem: str) -> nn.Module | None:
     """3x3 at stride 2 for ImageNet, none for CIFAR."""
     return nn.MaxPool2d(3, stride=2, padding=1) if _known(stem) == "imagenet" else None
-
-
-def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv(input)``, for a convolution that no batch norm follows.
-
-    In inference on a CPU it runs on fastres' own convolutions, whose weights are packed once: a
-    batch norm that changes nothing is what they fold.
-    """
-    if torch.is_grad_enabled() or input.device.type != "cpu" or torch.compiler.is_compiling():
-        return conv(input)
-    if input.dtype != conv.weight.dtype or sites.why_not_conv(conv):
-        return conv(input)
-    return sites.conv_bn_act(input, conv, _unchanging(conv.out_channels, input.dtype))
-
-
-def run_links(x: Tensor, links: tuple[branches.Link, ...]) -> Tensor:
-    """The sites one after the other, as one call where that serves."""
-    if branches.serves(x, links):
-        return branches.run(x, links)
-    for conv, bn, act, _ in links:
-        if conv is None:
-            x = sites.bn_act(x, bn, act)
-        else:
-            x = convolve(x, conv) if bn is None else sites.conv_bn_act(x, conv, bn, act)
-    return x
-
-
-@functools.cache
-def _unchanging(channels: int, dtype: torch.dtype) -> nn.BatchNorm2d:
-    """A batch norm whose scale is 1 and whose shift is 0."""
-    with torch.inference_mode(False):
-        return nn.BatchNorm2d(channels, eps=0.0, affine=False, device="cpu", dtype=dtype).eval()
 
 
 def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import heads, sites
 from ..backend import serving
 from ..memory_format import fastest
-from .common import convolve, stem_convolution, stem_pooling
+from .common import stem_convolution, stem_pooling
 from .registry import register_depths
 
 
@@ -39,7 +39,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = sites.bn_act(x, self.norm1, self.relu1)
-        out = convolve(sites.conv_bn_act(out, self.conv1, self.norm2, self.relu2), self.conv2)
+        out = sites.convolve(sites.conv_bn_act(out, self.conv1, self.norm2, self.relu2), self.conv2)
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate else out
 
 
@@ -117,7 +117,7 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(self.pool(sites.bn_act(x, self.norm, self.relu)), self.conv)
+        return sites.convolve(self.pool(sites.bn_act(x, self.norm, self.relu)), self.conv)
 
 
 class DenseNet(nn.Module):

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..branches import Link
+from ..branches import Link, run_links
 from ..nn import conv3x3
 from ..residual import Residual
 from .cifar import DEPTHS, cifar_resnet
-from .common import run_links
 from .registry import register, register_depths
 from .resnet import ResNet
 

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import heads, sites
-from ..branches import Link
+from ..branches import Link, run_links
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
-from .common import (
-    blocks_of_depth,
-    convolve,
-    initialise,
-    run_links,
-    stem_convolution,
-    stem_pooling,
-)
+from .common import blocks_of_depth, initialise, stem_convolution, stem_pooling
 from .registry import register_depths
 from .shortcuts import PaddedIdentity
 
@@ -51,13 +44,13 @@ class PreActivation(Residual):
         if skipped is x and isinstance(self.downsample, nn.Conv2d):
             active = sites.bn_act(x, self.bn1, self.relu)
             branch = self.branch(active)
-            return torch.add(convolve(active, self.downsample), branch, alpha=scale)
+            return torch.add(sites.convolve(active, self.downsample), branch, alpha=scale)
         branch = self.branch(x, Link(None, self.bn1, self.relu))
         return torch.add(self.without_branch(skipped), branch, alpha=scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
         if isinstance(self.downsample, nn.Conv2d):
-            return convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
+            return sites.convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
         return x if self.downsample is None else self.downsample(x)
 
     def branch(self, x: Tensor, *first: Link) -> Tensor:
@@ -88,7 +81,7 @@ class PreActBlock(PreActivation):
         links = (*first, Link(self.conv1, self.bn2, self.relu))
         if self.dropout is None:
             return run_links(x, (*links, Link(self.conv2, None)))
-        return convolve(self.dropout(run_links(x, links)), self.conv2)
+        return sites.convolve(self.dropout(run_links(x, links)), self.conv2)
 
 
 class PreActBottleneck(PreActivation):
@@ -165,7 +158,7 @@ class PreActResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = convolve(fastest(x), self.conv1)
+        x = sites.convolve(fastest(x), self.conv1)
         if self.maxpool is not None:
             x = self.maxpool(x)
         for stage in self.stages[1:-1]:

@@ -194,10 +194,24 @@ void check(const Problem& p) {
   });
 }
 
+// Threads that no panel is left for take some of the tiles, unless those are few.
+void expect_shared_out() {
+  const auto jobs = [](int64_t size, int64_t k, int64_t threads) {
+    const auto shape = make_shape(1, size, size, 16, k, 3, 1, 1, 1);
+    return plan_jobs(shape, ConvAlgorithm::kWinograd4, /*panel=*/16, threads).count();
+  };
+  if (jobs(16, 16, 2) == 2 && jobs(16, 32, 2) == 2 && jobs(16, 32, 4) == 4 && jobs(8, 16, 2) == 1) {
+    return;
+  }
+  std::fprintf(stderr, "plan_jobs: threads are left without a job, or get too small a one\n");
+  std::exit(1);
+}
+
 }  // namespace
 
 int main() {
   using enum ConvAlgorithm;
+  expect_shared_out();
   const ConvShape winograd[] = {
       make_shape(1, 7, 7, 32, 32, 3, 1, 1, 1), make_shape(2, 9, 14, 17, 35, 3, 1, 1, 1),
       make_shape(1, 3, 3, 1, 1, 3, 1, 0, 1), make_shape(3, 5, 6, 40, 7, 3, 1, 2, 1),
