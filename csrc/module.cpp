@@ -34,10 +34,12 @@ TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("add_relu_backward", &fastres::cuda::add_relu_backward);
   m.impl("bn_relu", &fastres::cuda::bn_relu);
   m.impl("bn_relu_backward", &fastres::cuda::bn_relu_backward);
+  m.impl("bn_relu_moments", &fastres::cuda::bn_relu_moments);
+  m.impl("bn_relu_apply", &fastres::cuda::bn_relu_apply);
   m.impl("bn_relu_conv", &fastres::cuda::bn_relu_conv);
+  m.impl("bn_relu_conv_backward", &fastres::cuda::bn_relu_conv_backward);
   m.impl("conv", &fastres::cuda::conv);
   m.impl("conv_dgrad", &fastres::cuda::conv_dgrad);
-  m.impl("conv_dgrad_bn_relu", &fastres::cuda::conv_dgrad_bn_relu);
   m.impl("conv_wgrad", &fastres::cuda::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cuda::conv_bn_relu);
   m.impl("conv_bn_relu_training", &fastres::cuda::conv_bn_relu_training);

@@ -5,6 +5,7 @@
 
 from . import functional, models, nn, ops, reference
 from .backend import backend, backends
+from .branches import chained
 from .convert import convert, revert, summary
 from .winograd import winograd
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "backend",
     "backends",
+    "chained",
     "convert",
     "functional",
     "models",

@@ -51,6 +51,11 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower: what statistics and parameters are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def conv_output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, ...]:
     """Size ``(N, K, P, Q)`` of a 2-d convolution's output; P = (H + 2p - d(R-1) - 1) // s + 1."""
     maps = (

@@ -7,7 +7,7 @@ Errors are of the kind PyTorch raises for the same mistake where it has one.
 import torch
 from torch import Tensor
 
-from .arguments import compute_dtype, conv_output_size, pair, resolve_padding
+from .arguments import accumulation_dtype, compute_dtype, conv_output_size, pair, resolve_padding
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,6 +28,14 @@ def bn_relu(
     )  # fmt: skip
     if residual is not None:
         _residual(residual, input.shape, input.dtype, input.device)
+
+
+def bn_relu_apply(input: Tensor, residual: Tensor | None, mean, invstd, weight, bias) -> None:
+    """Statistics that were taken before, in the dtype that accumulates."""
+    bn_relu(input, residual, None, None, weight, bias, True, 1.0)
+    for name, vector in (("mean", mean), ("invstd", invstd)):
+        _vector(name, vector, input.shape[1], input.device)
+        _same_dtype(name, vector.dtype, accumulation_dtype(input.dtype))
 
 
 def conv_bn_relu(

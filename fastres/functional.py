@@ -241,7 +241,7 @@ def _conv_bn(
         if training:
             return autograd.conv_bn_relu_training(
                 *_conv_operands(input, weight, bias), residual, running_mean, running_var,
-                bn_weight, bn_bias, _geometry(weight, stride, padding, dilation, groups), momentum,
+                bn_weight, bn_bias, geometry_of(weight, stride, padding, dilation, groups), momentum,
                 eps, relu, backend,
             )  # fmt: skip
         return operator(
@@ -262,11 +262,11 @@ def _conv(
         own = False
     if not own or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
+    geometry = geometry_of(weight, stride, padding, dilation, groups)
     return autograd.conv(*_conv_operands(input, weight, bias), geometry, backend)
 
 
-def _geometry(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
+def geometry_of(weight: Tensor, stride, padding, dilation, groups: int) -> tuple:
     """As the operators take it."""
     return (
         pair("stride", stride), resolve_padding(padding, weight, stride, dilation),

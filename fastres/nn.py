@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from . import sites
-from .residual import Residual, end, end_without_branch
+from .residual import Residual, block, end_without_branch
 
 
 class ConvBNReLU(nn.Module):
@@ -111,8 +111,8 @@ class BasicBlock(Residual):
         self.stride = stride
 
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
-        out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        return end(out, self.conv2, self.bn2, self.relu, self.downsample, skipped, scale)
+        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        return block(x, pairs, self.relu, self.downsample, skipped, scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
         return end_without_branch(self.relu, self.downsample, x)
@@ -150,9 +150,8 @@ class Bottleneck(Residual):
         self.stride = stride
 
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
-        out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        out = sites.conv_bn_act(out, self.conv2, self.bn2, self.relu)
-        return end(out, self.conv3, self.bn3, self.relu, self.downsample, skipped, scale)
+        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        return block(x, pairs, self.relu, self.downsample, skipped, scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
         return end_without_branch(self.relu, self.downsample, x)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .arguments import accumulation_dtype
+
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     """``relu(input + residual)``."""
@@ -90,26 +92,44 @@ def bn_relu_forward(
     Ioffe & Szegedy 2015, algorithms 1 and 2; running statistics as ``torch.nn.BatchNorm2d``
     (the variance's running estimate is the unbiased one).
     """
-    x = _widen(input)
     if training:
-        # not var_mean: its running mean turns an Inf into NaN
-        variance, mean = torch.var(x, (0, 2, 3), correction=0), x.mean((0, 2, 3))
-        count = input.numel() // input.shape[1]
-        for running, value in (
-            (running_mean, mean),
-            (running_var, variance * (count / (count - 1) if count > 1 else float("nan"))),
-        ):
-            if running is not None:
-                running.lerp_(value.to(running.dtype), momentum)
+        mean, invstd = bn_relu_moments(input, running_mean, running_var, momentum, eps)
     else:
-        mean, variance = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)
-    invstd = (variance + eps).rsqrt()
+        dtype = accumulation_dtype(input.dtype)
+        mean = running_mean.to(dtype, copy=True)
+        invstd = (running_var.to(dtype) + eps).rsqrt()
+    return bn_relu_apply(input, residual, mean, invstd, weight, bias, relu), mean, invstd
+
+
+def bn_relu_moments(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator ``fastres::bn_relu_moments``: ``mean`` and ``invstd = (var + eps) ** -0.5`` over
+    N, H and W; updates the running statistics."""
+    x = _widen(input)
+    # not var_mean: its running mean turns an Inf into NaN
+    variance, mean = torch.var(x, (0, 2, 3), correction=0), x.mean((0, 2, 3))
+    count = input.numel() // input.shape[1]
+    for running, value in (
+        (running_mean, mean),
+        (running_var, variance * (count / (count - 1) if count > 1 else float("nan"))),
+    ):
+        if running is not None:
+            running.lerp_(value.to(running.dtype), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def bn_relu_apply(
+    input: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    """The operator ``fastres::bn_relu_apply``: ``act(xhat * weight + bias + residual)``."""
+    x = _widen(input)
     output = _normalise(x, mean, invstd, weight, bias)
     if residual is not None:
         output = output + residual.to(x.dtype)
-    if relu:
-        output = F.relu(output)
-    return _cast(output, input), mean, invstd
+    return _cast(F.relu(output) if relu else output, input)
 
 
 def bn_relu_recompute(
@@ -118,8 +138,7 @@ def bn_relu_recompute(
 ) -> Tensor:  # fmt: skip
     """The operator ``fastres::bn_relu_recompute``: the output of a :func:`bn_relu_forward` without a
     residual once more, from what it saved."""
-    x = input.to(save_mean.dtype)
-    return _cast(F.relu(_normalise(x, save_mean, save_invstd, weight, bias)), input)
+    return bn_relu_apply(input, None, save_mean, save_invstd, weight, bias, True)
 
 
 def bn_relu_backward(
@@ -160,6 +179,16 @@ def bn_relu_backward(
         grad_weight if want_parameters else nothing,
         grad_bias if want_parameters else nothing.clone(),
     )
+
+
+def conv_gradients(grad_output, input, weight, stride, padding, dilation, groups, mask):
+    """PyTorch's own gradients of input, weight and bias, those that ``mask`` asks for;
+    differentiable."""
+    bias_size = [weight.shape[0]] if mask[2] else None
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, weight, bias_size, stride, padding, dilation, False, [0, 0], groups,
+        mask,
+    )  # fmt: skip
 
 
 def batch_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from . import sites
+from . import branches, sites
+from .backend import extension_serves
+
+_SITE = "conv_bn_relu"
 
 
 class Residual(nn.Module):
@@ -59,6 +62,22 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     if sites.is_conv_bn(downsample):
         return sites.conv_bn_act(x, *downsample)
     return downsample(x)
+
+
+def block(
+    x: Tensor, pairs: tuple[tuple[nn.Conv2d, nn.Module], ...], act: nn.Module,
+    downsample: nn.Module | None, skipped: Tensor, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """``act(scale * branch(x) + downsample(skipped))``, a v1 block: its branch is ``pairs`` of
+    convolution and batch norm, with ``act`` between them."""
+    if scale == 1.0 and not isinstance(downsample, Weighing) and not extension_serves(_SITE):
+        links = tuple(branches.Link(conv, bn, act) for conv, bn in pairs)
+        if branches.serves(x, links):
+            return branches.run(x, links, shortcut(downsample, skipped))
+    *inner, (conv, bn) = pairs
+    for pair in inner:
+        x = sites.conv_bn_act(x, *pair, act)
+    return end(x, conv, bn, act, downsample, skipped, scale)
 
 
 def end(

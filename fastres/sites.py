@@ -53,7 +53,7 @@ def bn_act(
             return output
     if why_not_rest(bn, act, residual, via) or input.dim() != 4:
         return _one_by_one(input, bn, act, residual, via)
-    if residual is not None and not _alike(residual, input.shape, input.dtype, input.device):
+    if residual is not None and not alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
     return _bn(input, bn, residual, act is not None or has_relu(bn))
 
@@ -93,7 +93,7 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
         or why_not_act(act)
         or not isinstance(residual, Tensor)
         or input.dim() != 4
-        or not _alike(residual, input.shape, input.dtype, input.device)
+        or not alike(residual, input.shape, input.dtype, input.device)
     ):
         return _add_act(input, residual, act)
     return functional.add_relu(input, residual)
@@ -217,36 +217,36 @@ def why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
 
 
 def _conv_bn(input, conv, bn, residual, relu) -> Tensor:
-    running_mean, running_var, training, momentum = _statistics(bn)
+    running_mean, running_var, training, momentum = statistics_of(bn)
     call = functional.conv_bn_relu if relu else functional.conv_bn
     operands = (input, conv.weight)
     if residual is not None:
         call, operands = functional.conv_bn_add_relu, (input, residual, conv.weight)
-    batches = _count_batch(bn)
+    batches = count_batch(bn)
     try:
         return call(
             *operands, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
             running_mean, running_var, bn.weight, bn.bias, training, momentum, bn.eps,
         )  # fmt: skip
     except functional.REFUSED:
-        _uncount(batches)
+        uncount(batches)
         raise
 
 
 def _bn(input, bn, residual, relu) -> Tensor:
-    running_mean, running_var, training, momentum = _statistics(bn)
-    batches = _count_batch(bn)
+    running_mean, running_var, training, momentum = statistics_of(bn)
+    batches = count_batch(bn)
     try:
         return functional.batch_norm(
             input, residual, running_mean, running_var, bn.weight, bn.bias,
             training, momentum, bn.eps, relu,
         )  # fmt: skip
     except functional.REFUSED:
-        _uncount(batches)
+        uncount(batches)
         raise
 
 
-def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
+def statistics_of(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
     """``running_mean, running_var, training, momentum`` as ``nn.BatchNorm2d.forward`` has them."""
     if not isinstance(bn, nn.BatchNorm2d):  # frozen: the statistics are constants
         return bn.running_mean, bn.running_var, False, 0.0
@@ -260,7 +260,7 @@ def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, bool, floa
     return bn.running_mean, bn.running_var, training, momentum
 
 
-def _count_batch(bn: nn.Module) -> Tensor | None:
+def count_batch(bn: nn.Module) -> Tensor | None:
     """Count a batch before it is normalised, as ``nn.BatchNorm2d`` does; gives the counter."""
     if not (bn.training and isinstance(bn, nn.BatchNorm2d) and bn.track_running_stats):
         return None
@@ -268,7 +268,7 @@ def _count_batch(bn: nn.Module) -> Tensor | None:
     return None if batches is None else batches.add_(1)
 
 
-def _uncount(batches: Tensor | None) -> None:
+def uncount(batches: Tensor | None) -> None:
     if batches is not None:
         batches.sub_(1)
 
@@ -289,8 +289,8 @@ def _add_act(output: Tensor, residual, act: Act) -> Tensor:
 def fits_convolution(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
     padding = resolve_padding(conv.padding, conv.weight, conv.stride, conv.dilation)
     size = conv_output_size(input.shape, conv.weight.shape, conv.stride, padding, conv.dilation)
-    return _alike(residual, size, compute_dtype(input), input.device)
+    return alike(residual, size, compute_dtype(input), input.device)
 
 
-def _alike(tensor: Tensor, shape, dtype: torch.dtype, device: torch.device) -> bool:
+def alike(tensor: Tensor, shape, dtype: torch.dtype, device: torch.device) -> bool:
     return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device

@@ -169,16 +169,7 @@ def bn_relu(
     # all memory before anything is written: running statistics stay as they were where it lacks
     x, output = layout.dense(input), layout.empty(input)
     if training:
-        cut, tile = layout.segments(), layout.reduction_tile
-        means, squares = _statistics(input, cut.count), _statistics(input, cut.count)
-        extent = (layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across)
-        wrap(moments_kernel)[(cut.count * layout.channel_blocks,)](
-            x, means, squares, *extent,
-            LAST=layout.last, **tile._asdict(), num_warps=_REDUCTION_WARPS,
-        )  # fmt: skip
-        mean, invstd = finish_moments(
-            means, squares, extent, running_mean, running_var, momentum, eps, wrap
-        )
+        mean, invstd = _moments(layout, x, running_mean, running_var, momentum, eps, wrap)
     else:
         channels = layout.channels
         mean, invstd = _statistics(input), _statistics(input)
@@ -187,6 +178,29 @@ def bn_relu(
         )
     normalise(x, residual, output, mean, invstd, weight, bias, relu, wrap)
     return output, mean, invstd
+
+
+def bn_relu_moments(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    eps: float, wrap=lambda kernel: kernel,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``mean, invstd`` of the batch; the running statistics are updated."""
+    layout = Layout.of(input)
+    return _moments(layout, layout.dense(input), running_mean, running_var, momentum, eps, wrap)
+
+
+def _moments(
+    layout: Layout, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    momentum: float, eps: float, wrap,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    cut, tile = layout.segments(), layout.reduction_tile
+    means, squares = _statistics(x, cut.count), _statistics(x, cut.count)
+    extent = (layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across)
+    wrap(moments_kernel)[(cut.count * layout.channel_blocks,)](
+        x, means, squares, *extent,
+        LAST=layout.last, **tile._asdict(), num_warps=_REDUCTION_WARPS,
+    )  # fmt: skip
+    return finish_moments(means, squares, extent, running_mean, running_var, momentum, eps, wrap)
 
 
 def finish_moments(
@@ -201,6 +215,17 @@ def finish_moments(
         momentum, eps, **_MERGE,
     )  # fmt: skip
     return mean, invstd
+
+
+def bn_relu_apply(
+    input: Tensor, residual: Tensor | None, mean: Tensor, invstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, relu: bool, wrap=lambda kernel: kernel,
+) -> Tensor:  # fmt: skip
+    """``act((input - mean) * invstd * weight + bias + residual)``."""
+    layout = Layout.of(input)
+    output = layout.empty(input)
+    normalise(layout.dense(input), residual, output, mean, invstd, weight, bias, relu, wrap)
+    return output
 
 
 def normalise(
@@ -238,10 +263,7 @@ def bn_relu_backward(
             layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across,
             RELU=relu, LAST=layout.last, **tile._asdict(), num_warps=_REDUCTION_WARPS,
         )  # fmt: skip
-        wrap(finish_sums_kernel)[(triton.cdiv(layout.channels, _MERGE["BLOCK_C"]),)](
-            sums_g, sums_gx, save_invstd, grad_weight, grad_bias, cut.count, layout.channels,
-            **_MERGE,
-        )  # fmt: skip
+        _finish_sums(sums_g, sums_gx, save_invstd, grad_weight, grad_bias, wrap)
         if want_residual:  # written there, and masked: what is left to do reads it instead
             g, y, relu, want_residual = grad_residual, None, False, False
     if want_input or want_residual:
@@ -258,6 +280,34 @@ def bn_relu_backward(
         input.new_empty(0) if grad_residual is None else grad_residual,
         grad_weight,
         grad_bias,
+    )
+
+
+def bn_relu_backward_of_sums(
+    g: Tensor, input: Tensor, sums_g: Tensor, sums_gx: Tensor, weight: Tensor | None,
+    save_mean: Tensor, save_invstd: Tensor, want_input: bool, wrap,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The training form, without a residual, of a gradient that is masked and whose sums
+    (segments, C) are known: gradients of input, weight and bias. ``g`` and ``input`` are dense, in
+    one format."""
+    layout = Layout.of(input)
+    grad_weight, grad_bias = _statistics(input), _statistics(input)
+    _finish_sums(sums_g, sums_gx, save_invstd, grad_weight, grad_bias, wrap)
+    if not want_input:
+        return input.new_empty(0), grad_weight, grad_bias
+    grad_input = layout.empty(input)
+    wrap(backward_apply_kernel)[layout.grid()](
+        g, input, None, grad_input, None, save_mean, save_invstd, weight, None, grad_weight, grad_bias,
+        *layout.shape, layout.channels, layout.outer * layout.inner, RELU=False, TRAINING=True,
+        LAST=layout.last, **layout.tile._asdict(),
+    )  # fmt: skip
+    return grad_input, grad_weight, grad_bias
+
+
+def _finish_sums(sums_g, sums_gx, save_invstd, grad_weight, grad_bias, wrap) -> None:
+    segments, channels = sums_g.shape
+    wrap(finish_sums_kernel)[(triton.cdiv(channels, _MERGE["BLOCK_C"]),)](
+        sums_g, sums_gx, save_invstd, grad_weight, grad_bias, segments, channels, **_MERGE
     )
 
 

@@ -33,7 +33,7 @@ def conv_dgrad(
     tf32 = allows_tf32(input)
     if not conv_choice.serves(
         "dgrad", grad_output, weight.shape, stride, dilation, groups,
-        last=conv_choice.is_last(input), most_pixels=_most_pixels(input, grad_output),
+        last=conv_choice.is_last(input), most_pixels=most_pixels(input, grad_output),
         allow_tf32=tf32,
     ):  # fmt: skip
         mask = [True, False, False]
@@ -49,23 +49,27 @@ def conv_wgrad(
     """The gradients of weight and bias; one that ``output_mask`` does not ask for is empty."""
     window = (stride, padding, dilation, groups)
     want_weight, want_bias = output_mask
-    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
     tf32 = allows_tf32(input)
     own = want_weight and conv_choice.serves(
         "wgrad", input, weight.shape, stride, dilation, groups,
         last=conv_choice.is_last(input, grad_output),
-        most_pixels=_most_pixels(input, grad_output), allow_tf32=tf32,
+        most_pixels=most_pixels(input, grad_output), allow_tf32=tf32,
     )  # fmt: skip
+    found = None
     if own:
         found = wgrad(grad_output, input, weight.shape, *window, allow_tf32=tf32, wrap=wrap)
-        grad_weight = _laid_out_as(weight, found)
     elif want_weight:
         mask = [False, True, False]
         found = _vendors_gradients(grad_output, input, weight, *window, mask)[1]
-        grad_weight = _laid_out_as(weight, found)
-    if want_bias:
-        grad_bias = grad_output.sum((0, 2, 3))
-    return grad_weight, grad_bias
+    return wgrad_of(weight, found, grad_output, want_bias)
+
+
+def wgrad_of(
+    weight: Tensor, found: Tensor | None, grad_output: Tensor, want_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``found``, the gradient of the weight or None, as the operator gives it, and that of the bias."""
+    grad_weight = weight.new_empty(0) if found is None else _laid_out_as(weight, found)
+    return grad_weight, grad_output.sum((0, 2, 3)) if want_bias else weight.new_empty(0)
 
 
 def serves_forward(
@@ -90,7 +94,7 @@ def allows_tf32(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.backends.cudnn.allow_tf32
 
 
-def _most_pixels(*maps: Tensor) -> int:
+def most_pixels(*maps: Tensor) -> int:
     return max(tensor.shape[0] * tensor.shape[2] * tensor.shape[3] for tensor in maps)
 
 

@@ -20,6 +20,10 @@ PASSES = (
     "training",  # with the batch's statistics in its epilogue
     "dgrad",
     "wgrad",
+    # of a convolution of relu(batch_norm(x)) in training, x being what is in memory:
+    "bn_relu_conv",  # with the batch's statistics in its epilogue
+    "bn_relu_conv_dgrad",  # through the ReLU, with batch norm's sums
+    "bn_relu_conv_wgrad",
 )
 
 # By (architecture, precision) and pass the classes of shape, as class_of names them, that Triton's

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import ops
+from fastres import fallbacks, ops
 
 # fastres.backend the module: the attribute of that name is the context manager
 backend_module = sys.modules["fastres.backend"]
@@ -62,7 +62,7 @@ def implementation(request, monkeypatch):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in ops._SCHEMAS:
-                override.impl(name, getattr(ops, f"_{name}"), "CPU", allow_override=True)
+                override.impl(name, getattr(fallbacks, name), "CPU", allow_override=True)
         yield request.param
     finally:
         override._destroy()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastres
 from fastres import functional, ops, reference, sites
-from fastres.arguments import conv_output_size
+from fastres.arguments import accumulation_dtype, conv_output_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (2, 3, 3, 2)
@@ -89,7 +89,7 @@ def test_conv_bn_add_relu_derivatives(training, check):
 def operator_arguments(layout, dtype, shape=(2, 3, 5, 7)):
     """Arguments for every operator, in every combination that changes its outputs' metadata."""
     input, residual, grad = (spread(shape, dtype, layout) for _ in range(3))
-    channels, wide = shape[1], ops.accumulation_dtype(dtype)
+    channels, wide = shape[1], accumulation_dtype(dtype)
     vectors = list(batch_norm_operands(channels, wide).values())
     mean, invstd = spread((1, 1, 1, channels), wide).flatten(), vectors[1]
     weight = spread((4, channels, 3, 3), dtype, layout)

@@ -232,7 +232,7 @@ def interpreted_bench(gpubench):
     """The modules that import kernels, as the interpreter has them."""
     with interpreted():
         yield gpubench
-        for name in ("providers", "convolutions", "elementwise", "models", "warm"):
+        for name in ("providers", "convolutions", "elementwise", "chains", "models", "warm"):
             sys.modules.pop(f"gpubench.{name}", None)
 
 
@@ -267,7 +267,8 @@ def test_convolutions(interpreted_bench, device, budget, rows, monkeypatch):
     module.run(rows.emit, budget, device, [shape, other], 2)
     failed = {row["provider"] for row in rows.all if row.get("bad")}
     assert failed <= {"cuDNN fused"}, rows.all  # there is no cuDNN on a CPU
-    for what in ("eval", "training", "dgrad", "wgrad"):
+    chain = ("bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad")
+    for what in ("eval", "training", "dgrad", "wgrad", *chain):
         mine = [row for row in rows.all if row["pass"] == what and row["case"] == shape.name]
         assert {"eager", "fastres-triton", "fastres-triton tuned"} <= {r["provider"] for r in mine}
         assert {row["flops"] for row in mine} == {2 * 2 * 25 * 24 * 16}
@@ -314,11 +315,23 @@ def test_models(interpreted_bench, device, budget, rows):
         "ResNet-50 training step batch 2": 2, "ResNet-50 eval batch 2": 2,
         "ResNet-50 eval batch 1": 1,
     }  # fmt: skip
+    trained = {row["provider"] for row in rows.all if "training" in row["case"]}
+    assert {"fastres-triton", "fastres-triton, sites apart"} <= trained
     providers = [row["provider"] for row in rows.all if row["images"] == 1]
     assert providers == [
         "eager", "fastres-triton", "fastres-triton, its convolutions",
         "fastres-triton, its convolutions tuned",
     ]  # fmt: skip
+
+
+def test_chains(interpreted_bench, device, budget, rows):
+    """The same gradient either way, and less that is kept: all but the maps between convolutions."""
+    interpreted_bench("chains").run(rows.emit, budget, device, [(4, 5)], 2)
+    assert not any(row.get("bad") for row in rows.all), rows.all
+    kept = {row["provider"]: row["kept_mb"] for row in rows.all}
+    for name in ("fastres-triton", "fastres-triton, its convolutions"):
+        apart = kept[f"{name}, sites apart"]
+        assert apart - kept[name] == pytest.approx(2 * 2 * 4 * 25 * 2 / 1e6)
 
 
 def test_ceilings(gpubench, device, budget, rows):
@@ -402,7 +415,8 @@ def test_what_to_put_into_the_table(gpubench, tmp_path):
     report.write(DEVICE, outcomes(gpubench), tmp_path)
     table = runpy.run_path(str(tmp_path / "conv_choice.py"))["SERVED"][(90, "half")]
     assert table["eval"] == {"1x1 c64"} and not table["dgrad"]
-    assert table.keys() == {"eval", "training", "dgrad", "wgrad"}
+    chain = {"bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad"}
+    assert table.keys() == {"eval", "training", "dgrad", "wgrad", *chain}
 
 
 def test_plots(gpubench, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from agreement import FLOATS, assert_rule, assert_same_bits, batch_norm_operands, spread
 
-from fastres import ops, reference
+from fastres import arguments, reference
 
 SHAPES = [  # packs that fit and that don't, one pixel, one channel, many segments, few channels
     (2, 16, 4, 8),
@@ -34,7 +34,7 @@ def bn_relu(x, residual, running_mean, running_var, weight, bias, training, mome
     guard = emulating.Guarded()
     y = guard.empty_like(x)
     mean, invstd = (
-        guard.empty_like(torch.empty(x.shape[1], dtype=ops.accumulation_dtype(x.dtype)))
+        guard.empty_like(torch.empty(x.shape[1], dtype=arguments.accumulation_dtype(x.dtype)))
         for _ in range(2)
     )
     emulating.call(
@@ -60,7 +60,7 @@ def bn_relu_backward(dy, x, y, weight, bias, mean, invstd, training, relu, outpu
 
 
 def operands_for(shape, dtype, layout, residual):
-    vectors = batch_norm_operands(shape[1], ops.accumulation_dtype(dtype))
+    vectors = batch_norm_operands(shape[1], arguments.accumulation_dtype(dtype))
     return {
         "input": spread(shape, dtype, layout, mean=0.5, std=1.5),
         "residual": spread(shape, dtype, layout) if residual else None,
@@ -211,3 +211,30 @@ def test_a_missing_barrier_is_seen():
     assert not library.reversal(False, 1000)  # other values than those that lie there already
     library.half_of_a_block.restype = ctypes.c_char_p
     assert library.half_of_a_block() == b"deadlock"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_and_output_apart_give_the_same_bits(layout, dtype):
+    """As a chain has them: the statistics first, what they normalise later."""
+    operands = operands_for((3, 72, 12, 14), dtype, layout, residual=True)
+    x, residual, _, _, weight, bias = operands.values()
+    none = (None, None)
+    y, mean, invstd = bn_relu(x, residual, *none, weight, bias, True, 0.0, 1e-5, True)
+    guard = emulating.Guarded()
+    found = {"mean": guard.empty_like(mean), "invstd": guard.empty_like(invstd)}
+    found["output"] = guard.empty_like(x)
+
+    def half(output):
+        emulating.call(
+            emulating.library("bn_relu").bn_relu_half, emulating.dtype_name(x), shape_of(x),
+            emulating.arrays(
+                x, residual, output, found["mean"], found["invstd"], weight, bias
+            ),
+            ctypes.c_double(1e-5), True,
+        )  # fmt: skip
+
+    half(None)
+    half(found["output"])
+    guard.check()
+    assert_same_bits(found, {"mean": mean, "invstd": invstd, "output": y})

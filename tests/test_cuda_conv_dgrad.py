@@ -9,6 +9,8 @@ import torch
 from agreement import assert_close, assert_same_bits
 from emulated_conv import LAST, MULTIPROCESSORS, SHAPES, numbers, operands_for, pixels_of
 
+from fastres import reference
+
 # n, c, h, w, k, r, s, stride, padding, dilation
 STRIDED = SHAPES | {
     "3x3, stride 2, even": (2, 64, 14, 14, 72, 3, 3, (2, 2), (1, 1), (1, 1)),
@@ -52,18 +54,17 @@ BY_KERNEL = {"ids": lambda kernel: "-".join(map(str, kernel))}
 
 
 def dgrad(shape, dy, f, x_shape, masks=None, kernel=KERNELS[0]):
-    """The gradient of x; with ``masks`` (ReLU's output, batch norm's input and mean) also slopes and
-    gradients of weight and bias as bn_relu_finish_sums gives them for an invstd of 1."""
+    """The gradient of x; with ``masks`` (batch norm's input, mean, invstd, weight and bias) also
+    slopes and gradients of weight and bias as bn_relu_finish_sums gives them."""
     guard = emulating.Guarded()
     n, c, h, w = x_shape
     dx = guard.empty_like(torch.empty(n * h * w * c, dtype=dy.dtype)).zero_()
-    y, behind, mean = masks or (None, None, None)
+    behind, *vectors = masks or (None,) * 5
     slopes, weight, bias = (guard.empty_like(torch.empty(m * c)) for m in (2, 1, 1))
     emulating.call(
         emulating.library("conv_dgrad").conv_dgrad, emulating.dtype_name(dy), numbers(shape),
         emulating.arrays(
-            pixels_of(dy), pixels_of(f), dx, pixels_of(y), pixels_of(behind), mean, slopes, weight,
-            bias,
+            pixels_of(dy), pixels_of(f), dx, pixels_of(behind), *vectors, slopes, weight, bias,
         ),
         kernel[0] == "portable", masks is not None, kernel[1], MULTIPROCESSORS,
     )  # fmt: skip
@@ -92,13 +93,13 @@ def test_gradient_of_the_input(name, kernel):
     assert_close(found, gradient(shape, x, f, dy), exact, name)
 
 
-def masked(shape, x, f, dy, y, behind, mean):
-    """Gradient behind the ReLU, and of weight and bias of a batch norm whose invstd is 1."""
+def masked(shape, x, f, dy, y, behind, mean, invstd):
+    """Gradient behind the ReLU that gave y, and of batch norm's weight and bias."""
     g = torch.where(y <= 0, 0, gradient(shape, x, f, dy))
-    centred = behind.to(g.dtype if g.dtype == torch.float64 else torch.float32)
-    centred = centred - mean.to(centred.dtype).view(1, -1, 1, 1)
-    wide = g.to(centred.dtype)
-    return g, (wide * centred).sum((0, 2, 3)), wide.sum((0, 2, 3))
+    wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+    mean, invstd = (v.to(wide).view(1, -1, 1, 1) for v in (mean, invstd))
+    xhat = (behind.to(wide) - mean) * invstd
+    return g, (g.to(wide) * xhat).sum((0, 2, 3)), g.to(wide).sum((0, 2, 3))
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k[1] < 256], **BY_KERNEL)
@@ -107,12 +108,11 @@ def test_masked_and_reduced(name, kernel):
     """dx where the ReLU let pass, and the sums that the batch norm behind it needs."""
     dtype = torch.bfloat16 if (kernel[1] == 128) == (len(name) % 2 == 0) else torch.float16
     shape, x, f, dy = gradient_operands(name, dtype)
-    y = x.clone().relu_()
-    y[0, 0, 0, 0] = float("nan")  # passes, as in threshold_backward
-    behind = torch.randn(x.shape, dtype=torch.float64).to(dtype)
-    mean = torch.randn(x.shape[1])
-    operands = (x, f, dy, y, behind, mean)
-    found, slopes, weight, bias = dgrad(shape, dy, f, x.shape, (y, behind, mean), kernel)
+    behind = torch.randn(x.shape, dtype=torch.float64).to(dtype).contiguous(memory_format=LAST)
+    vectors = bn_vectors(x.shape[1])
+    y = reference.bn_relu_apply(behind, None, *vectors, False)
+    operands = (x, f, dy, y, behind, *vectors[:2])
+    found, slopes, weight, bias = dgrad(shape, dy, f, x.shape, (behind, *vectors), kernel)
     truth = masked(shape, *(t.double() for t in operands))
     eager = masked(shape, *operands)
     assert_close(found, eager[0], truth[0], name)
@@ -121,14 +121,33 @@ def test_masked_and_reduced(name, kernel):
     for ours, theirs, exact in zip((weight, bias), eager[1:], truth[1:], strict=True):
         assert_close(ours, theirs, exact, name, torch.float32)
     count = x.numel() // x.shape[1]
-    exact = torch.stack(truth[1:], 1) / count
-    assert_close(slopes, torch.stack(eager[1:], 1) / count, exact, name, torch.float32)
+    invstd = vectors[1].double()
+    theirs, exact = (torch.stack((each[1] * invstd, each[2]), 1) / count for each in (eager, truth))
+    assert_close(slopes, theirs, exact, name, torch.float32)
+
+
+def bn_vectors(channels):
+    """mean, invstd, weight and bias."""
+    return [torch.randn(channels), torch.rand(channels) + 0.5, *torch.randn(2, channels)]
+
+
+@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3]], **BY_KERNEL)
+def test_nan_passes_the_mask(kernel):
+    """As it does in threshold_backward; and weight and bias may be absent."""
+    shape, x, f, dy = gradient_operands("3x3", torch.bfloat16)
+    behind = torch.full_like(x, -1.0)
+    behind[0, 0, 0, 0] = float("nan")
+    vectors = [torch.zeros(x.shape[1]), torch.ones(x.shape[1]), None, None]
+    found, *_ = dgrad(shape, dy, f, x.shape, (behind, *vectors), kernel)
+    exact = gradient(shape, *(t.double() for t in (x, f, dy)))
+    assert found.count_nonzero() == 1
+    torch.testing.assert_close(found[0, 0, 0, 0].double(), exact[0, 0, 0, 0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3]], **BY_KERNEL)
 @pytest.mark.parametrize("name", ["3x3", "3x3, stride 2"])
 def test_two_runs_give_the_same_bits(name, kernel):
     shape, x, f, dy = gradient_operands(name, torch.bfloat16)
-    masks = (x.relu(), torch.randn(x.shape).to(x.dtype), torch.randn(x.shape[1]))
+    masks = (torch.randn(x.shape).to(x.dtype), *bn_vectors(x.shape[1]))
     runs = [dgrad(shape, dy, f, x.shape, masks, kernel) for _ in range(2)]
     assert_same_bits(*(dict(enumerate(run)) for run in runs))

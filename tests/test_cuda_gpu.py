@@ -200,52 +200,47 @@ def test_convolution_in_training(geometry, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
-def test_gradient_through_a_convolution_and_batch_norm(geometry, dtype):
-    """conv_dgrad_bn_relu beside its two halves in eager and in fp64, under one mask."""
-    shape, _, kernel, stride, dilation, groups = geometry
-    window = ([stride] * 2, [dilation * (kernel // 2)] * 2, [dilation] * 2, groups)
-    weight = conv_operands(geometry, dtype, residual=False)["weight"]
-    x, y = activation(shape, dtype), activation(shape, dtype, mean=0).relu_()
-    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    vectors_of_x = (vectors(shape[1])["weight"], mean, (variance + 1e-5).rsqrt())
-    dy = activation(F.conv2d(y, weight, None, *window).shape, dtype, mean=0)
-
-    def halves(dy, y, weight, x, *v):
-        grad = ops.conv_gradients(dy, y, weight, *window, [True, False, False])[0]
-        return reference.bn_relu_backward(
-            grad, x, y, v[0], None, *v[1:], True, True, [True, True, True]
-        )
-
-    operands = (dy, y, weight, x, *vectors_of_x)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        found = ops.conv_dgrad_bn_relu(dy, y, weight, *window, x, *vectors_of_x, [True, True, True])
-        eager, exact = halves(*operands), halves(*(t.double() for t in operands))
-    names = ("grad_input", "grad_residual", "grad_weight", "grad_bias")
-    results = (dict(zip(names, each, strict=True)) for each in (found, eager, exact))
-    assert_rule(*results, scale=4 if dtype == torch.float32 else 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
 def test_convolution_of_a_normalised_input(geometry, dtype):
-    """bn_relu_conv beside its two halves, whose intermediate result is rounded as ours is."""
+    """bn_relu_conv beside its two halves, whose intermediate result is rounded as ours is, and its
+    gradients under one mask."""
     shape, _, kernel, stride, dilation, groups = geometry
     window = ([stride] * 2, [dilation * (kernel // 2)] * 2, [dilation] * 2, groups)
     weight = conv_operands(geometry, dtype, residual=False)["weight"]
     v = vectors(shape[1])
-    operands = (
-        activation(shape, dtype), v["running_mean"], v["running_var"], v["weight"], v["bias"],
-        weight,
-    )  # fmt: skip
+    x, scale, shift = activation(shape, dtype), v["weight"], v["bias"]
+    mean, invstd = ops.bn_relu_moments(x, None, None, 0.0, 1e-5)
+    mask = ops.bn_relu_apply(x, None, mean, invstd, scale, shift, True) > 0
+    dy = activation(F.conv2d(x, weight, None, *window).shape, dtype, mean=0)
 
-    def halves(x, mean, var, scale, shift, weight):
-        y = F.relu(F.batch_norm(x, mean, var, scale, shift, False, 0.1, 1e-5))
-        return {"output": F.conv2d(y, weight, None, *window)}
+    def ours(x, scale, shift, weight, dy):
+        running = torch.zeros_like(dy[0, :, 0, 0]).float(), torch.ones_like(dy[0, :, 0, 0]).float()
+        y, *moments = ops.bn_relu_conv(
+            x, mean, invstd, scale, shift, weight, None, *running, *window, 0.1, 1e-5, True
+        )
+        gradients = ops.bn_relu_conv_backward(
+            dy, x, mean, invstd, scale, shift, weight, *window, [True, True, True, False]
+        )
+        return (y, *moments, *running, *gradients[:4])
 
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        found = {"output": ops.bn_relu_conv(*operands[:5], 1e-5, weight, *window)}
-        eager, exact = halves(*operands), halves(*(t.double() for t in operands))
-    assert_rule(found, eager, exact, scale=4 if dtype == torch.float32 else 1)
+    def halves(x, scale, shift, weight, dy):
+        leaves = [t.detach().requires_grad_() for t in (x, scale, shift, weight)]
+        y = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.1, 1e-5)
+        y = F.conv2d(torch.where(mask, y, 0), leaves[3], None, *window)
+        gradients = torch.autograd.grad(y, leaves, dy)
+        wide = y.detach() if y.dtype == torch.float64 else y.detach().float()
+        moments = reference.batch_statistics(wide, 1e-5)
+        running = torch.zeros_like(moments[0]), torch.ones_like(moments[0])
+        reference.bn_relu_moments(wide, *running, 0.1, 1e-5)
+        return (y.detach(), *moments, *running, *gradients)
+
+    operands = (x, scale, shift, weight, dy)
+    names = ("output", "mean", "invstd", "running_mean", "running_var", "grad of input",
+             "grad of bn_weight", "grad of bn_bias", "grad of weight")  # fmt: skip
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found, eager = ours(*operands), halves(*operands)
+        exact = halves(*(t.double() for t in operands))
+    results = (dict(zip(names, each, strict=True)) for each in (found, eager, exact))
+    assert_rule(*results, atol_dtype=dtype, scale=4 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("geometry", [*CONVOLUTIONS[:5], *CONVOLUTIONS[-3:]], ids=str)

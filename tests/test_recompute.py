@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fastres
 from fastres import ops, reference
+from fastres.arguments import accumulation_dtype
 from fastres.functional import conv_bn, conv_bn_add_relu, conv_bn_relu
 from fastres.training.memory import peak_bytes
 
@@ -163,7 +164,7 @@ def test_second_derivatives(training):
 def test_recompute(shape, dtype, layout):
     """The operator gives the output of ``bn_relu`` to the last bit, of a slice of channels too."""
     torch.manual_seed(0)
-    wide = ops.accumulation_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     scale, shift = torch.randn(2, shape[1], dtype=wide)
     x = torch.randn(shape).to(dtype, memory_format=layout)
     training = x.numel() > 0

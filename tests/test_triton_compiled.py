@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
-from fastres import ops
+from fastres import arguments, ops
 
 aot = pytest.importorskip("aot", reason="Triton is not installed")
 
@@ -27,7 +27,7 @@ NARROW = {"finish_moments_kernel", "frozen_moments_kernel", "finish_sums_kernel"
 def launches(shape, dtype, layout) -> list:
     """Of every kernel in every form in which a residual network trains and serves."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
-    v = torch.empty(shape[1], device="meta", dtype=ops.accumulation_dtype(dtype))
+    v = torch.empty(shape[1], device="meta", dtype=arguments.accumulation_dtype(dtype))
     add_relu, add_relu_backward = map(ops._launcher, ("add_relu", "add_relu_backward"))
     bn_relu, bn_relu_backward = map(ops._launcher, ("bn_relu", "bn_relu_backward"))
     with aot.recorded() as made:

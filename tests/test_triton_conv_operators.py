@@ -47,6 +47,7 @@ def launched(kernels, monkeypatch):
     names = []
     for module, launcher in (
         ("conv", "fprop"), ("conv_bn_relu", "fprop"), ("conv", "dgrad"), ("conv", "wgrad"),
+        ("bn_relu_conv", "fprop"), ("bn_relu_conv", "dgrad"), ("bn_relu_conv", "wgrad"),
     ):  # fmt: skip
         call = getattr(kernels(module), launcher)
 
@@ -284,7 +285,8 @@ def blocks(torchvision, groups: int, width: int):
 
 @pytest.mark.parametrize("groups, width", [(1, 64), (8, 32)], ids=["ResNet", "ResNeXt"])
 def test_a_converted_model_is_trained_beside_eager(torchvision, launched, groups, width):
-    """Three steps in fp32, convolutions and all by Triton's kernels; then evaluated."""
+    """Three steps in fp32, convolutions and all by Triton's kernels, branches as chains; then
+    evaluated."""
     plain = blocks(torchvision, groups, width)
     fused = fastres.convert(copy.deepcopy(plain))
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
@@ -299,7 +301,8 @@ def test_a_converted_model_is_trained_beside_eager(torchvision, launched, groups
                 loss.backward()
                 optimizer.step()
                 losses[backend].append(loss.detach())
-    assert calls.names.count("triton_conv_bn_relu_training") == launched.count("fprop") == 21
+    assert calls.names.count("triton_conv_bn_relu_training") == 3
+    assert calls.names.count("triton_bn_relu_conv") == 18 and launched.count("fprop") == 21
     assert all(name.startswith("triton_") for name in calls.names)
     assert launched.count("wgrad") == 21 and launched.count("dgrad") == 15  # none of the images
     assert_like_eager(

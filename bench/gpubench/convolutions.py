@@ -9,7 +9,7 @@ from cases import Convolution, convolutions
 from fastres.kernels.conv_choice import class_of
 
 import fastres
-from fastres import functional, ops
+from fastres import functional, ops, reference
 
 from . import providers
 from .measured import SLACK, measure, relative_error
@@ -115,6 +115,9 @@ def _passes(problem: Problem) -> dict[str, dict]:
         passes["eval"] |= _vendors(problem)
     passes["dgrad"] = _gradient(problem, "dgrad", triton, tuned)
     passes["wgrad"] = _gradient(problem, "wgrad", triton, tuned)
+    if problem.conv.cin > 3:  # no batch norm comes before a stem
+        for what in ("bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad"):
+            passes[what] = _link(problem, what, triton, tuned, vendor)
     return passes
 
 
@@ -158,6 +161,57 @@ def _gradient(problem: Problem, what: str, triton, tuned) -> dict:
     if "cuda" in providers.served(f"conv_{what}"):
         calls["fastres-cuda"] = functools.partial(ours, "cuda")
     return calls
+
+
+def _link(problem: Problem, what: str, triton, tuned, vendor) -> dict:
+    """A convolution of ``relu(batch_norm(x))`` in training, as in a chain: the output with its
+    statistics, or a gradient through the ReLU and batch norm, or that of the weight."""
+    x, w, window = problem.x, problem.w, problem.window
+    channels = x.shape[1]
+    scale, shift = (torch.rand(2, channels, device=x.device) - 0.25).unbind()
+    mean, invstd = reference.bn_relu_moments(x, None, None, 0.0, 1e-5)
+    bn, running = (mean, invstd, scale, shift), (problem.mean, problem.var)
+
+    def by(operators):
+        if what == "bn_relu_conv":
+            vectors = [vector.clone() for vector in running]
+            return operators.bn_relu_conv(x, *bn, w, None, *vectors, *window, 0.1, 1e-5, True)[0]
+        wanted = [what == "bn_relu_conv_dgrad"] * 2 + [what == "bn_relu_conv_wgrad", False]
+        found = operators.bn_relu_conv_backward(problem.dy, x, *bn, w, *window, wanted)
+        return found[wanted.index(True)] if wanted[0] else found[3]
+
+    def eager(wide: bool = False):
+        tensors = (t.float() if wide else t for t in (x, w, problem.dy))
+        return _link_by_eager(what, *tensors, *bn, window)
+
+    calls = {
+        "eager": torch.no_grad()(eager), "truth": torch.no_grad()(functools.partial(eager, True)),
+    }  # fmt: skip
+    ours = functools.partial(by, ops.OPERATORS["triton"])
+    for name, context in (
+        ("fastres-triton", triton), ("fastres-triton tuned", tuned),
+        ("fastres-triton, cuDNN's convolution", vendor),
+    ):  # fmt: skip
+        calls[name] = torch.no_grad()(providers.under(context, ours))
+    if "cuda" in providers.served("bn_relu_conv"):
+        calls["fastres-cuda"] = torch.no_grad()(functools.partial(by, ops.OPERATORS["cuda"]))
+    return calls
+
+
+def _link_by_eager(what, x, w, dy, mean, invstd, scale, shift, window):
+    y = F.relu(F.batch_norm(x, None, None, scale, shift, True, 0.0, 1e-5))
+    if what == "bn_relu_conv":
+        return F.conv2d(y, w, None, *window)
+    mask = [what == "bn_relu_conv_dgrad", what == "bn_relu_conv_wgrad", False]
+    grad = torch.ops.aten.convolution_backward(
+        dy, y, w, None, *window[:3], False, [0, 0], window[3], mask
+    )[mask.index(True)]
+    if what == "bn_relu_conv_wgrad":
+        return grad
+    grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, x, scale, None, None, mean, invstd, True, 1e-5, [True, True, True]
+    )[0]
 
 
 def _measure_pass(emit, device, problem: Problem, what: str, calls: dict, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """ResNet-50 whole: inference at three batch sizes inside a CUDA graph, and a training step."""
 
+import contextlib
 import copy
 import functools
 
@@ -46,6 +47,22 @@ def contexts() -> dict:
     return {"eager": functools.partial(fastres.backend, "eager")} | served
 
 
+def with_sites_apart(calls: dict) -> dict:
+    """And each of fastres' providers with the sites of a branch one by one, instead of a chain."""
+    apart = {
+        f"{provider}, sites apart": functools.partial(_apart, context)
+        for provider, context in calls.items()
+        if provider.startswith("fastres-")
+    }
+    return calls | apart
+
+
+@contextlib.contextmanager
+def _apart(context):
+    with fastres.chained(False), context():
+        yield
+
+
 def classes() -> set[str]:
     """Of all of ResNet-50's convolutions."""
     from cases import convolutions
@@ -64,8 +81,10 @@ def run(emit, budget, device, batches=BATCHES, image: int = IMAGE, net=None) -> 
     things += [("eval", batch) for batch in batches]
     shares = budget.share(things)
     for (mode, batch), seconds in shares:
-        measure_mode = evaluate if mode == "eval" else train
-        measure_mode(emit, device, net, batch, image, contexts(), seconds)
+        if mode == "eval":
+            evaluate(emit, device, net, batch, image, contexts(), seconds)
+        else:
+            train(emit, device, net, batch, image, with_sites_apart(contexts()), seconds)
         device.empty_cache()
     for mode, batch in shares.left_out:
         emit(case=f"ResNet-50 {mode} batch {batch}", bad="no time left")

@@ -99,6 +99,9 @@ def markdown(device: dict, outcomes: list[Outcome]) -> str:
     ):
         for key, rows in _grouped(_rows(outcomes, name), group).items():
             parts += [f"## {name}: {key}", title.capitalize() + ".", by_provider(rows, limits)]
+    if rows := _rows(outcomes, "chains"):
+        text = "Milliseconds for forward and backward, and what is kept between them."
+        parts += ["## Blocks in training", text, by_provider(rows, limits, _block)]
     if rows := _rows(outcomes, "models") + _rows(outcomes, "torch_compile"):
         parts += ["## Models", "Images a second.", by_provider(rows, limits, _throughput)]
     if rows := _rows(outcomes, "sanitizer"):
@@ -131,6 +134,10 @@ def _milliseconds(row: dict, limits: dict) -> str:
         return "failed"
     share = percent(row, limits)
     return f"{row['ms']:.3f}" + ("" if share is None else f" ({share:.0f} %)")
+
+
+def _block(row: dict, limits: dict) -> str:
+    return f"{row['ms']:.3f} ({row['kept_mb']:.0f} MB)" if "ms" in row else "failed"
 
 
 def _throughput(row: dict, limits: dict) -> str:
@@ -166,6 +173,9 @@ RIVALS = {
     "training": "fastres-triton, cuDNN's convolution",
     "dgrad": "eager",
     "wgrad": "eager",
+    "bn_relu_conv": "fastres-triton, cuDNN's convolution",
+    "bn_relu_conv_dgrad": "fastres-triton, cuDNN's convolution",
+    "bn_relu_conv_wgrad": "fastres-triton, cuDNN's convolution",
 }
 
 

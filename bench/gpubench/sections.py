@@ -11,8 +11,9 @@ SECTIONS = {
         Section("tests", 100, 180, "steps:tests"),
         Section("elementwise", 25, 40, "elementwise:run"),
         Section("convolutions", 80, 120, "convolutions:run"),
+        Section("chains", 15, 30, "chains:run"),
         Section("models", 45, 90, "models:run"),
-        Section("torch_compile", 90, 240, "compiled:run"),
+        Section("torch_compile", 80, 240, "compiled:run"),
         Section("sanitizer", 60, 120, "steps:sanitizer"),
     )
 }

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastres.kernels.conv_choice import class_of
 
 from fastres import functional as FF
-from fastres import ops
+from fastres.chain import Convolution, Norm, chain
 from gpubench import providers
 
 # channels, size, filters, window, stride, groups. In training PyTorch's own operators serve maps of
@@ -32,8 +32,7 @@ def main(device: str = "cuda", dtypes=(torch.bfloat16, torch.float32)) -> None:
         for backend in providers.served("conv_bn_relu"):
             for shape in CONVOLUTIONS:
                 convolution(backend, device, dtype, *shape)
-                if backend == "cuda":
-                    around_batch_norm(device, dtype, *shape)
+                chain_of_two(backend, device, dtype, *shape)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -65,16 +64,22 @@ def convolution(backend, device, dtype, channels, size, filters, taps, stride, g
         FF.conv_bn_relu(x, w, None, *window, v.clone(), v.clone(), v, v, True).sum().backward()
 
 
-def around_batch_norm(device, dtype, channels, size, filters, taps, stride, groups) -> None:
-    """A convolution with the batch norm and ReLU before it, and the gradient through both."""
+def chain_of_two(backend, device, dtype, channels, size, filters, taps, stride, groups) -> None:
+    """Batch norm and ReLU, and two convolutions with the same between them, as one in training."""
     last = {"dtype": dtype, "memory_format": torch.channels_last}
-    x, y = (torch.randn(2, channels, size, size + 1, device=device).to(**last) for _ in "ab")
-    w = torch.randn(filters, channels // groups, taps, taps, device=device).to(**last)
-    window = ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
-    dy = torch.nn.functional.conv2d(x, w, None, *window)
-    v = torch.rand(channels, device=device) + 0.5
-    ops.bn_relu_conv(x, v, v.clone(), v.clone(), v.clone(), 1e-5, w, *window)
-    ops.conv_dgrad_bn_relu(dy, y.relu(), w, *window, x, v, v.clone(), v.clone(), [True] * 3)
+    x = torch.randn(2, channels, size, size + 1, device=device).to(**last).requires_grad_()
+    window = ((stride,) * 2, (taps // 2,) * 2, (1, 1), groups)
+    convolutions, norms, classes = [], [], set()
+    for width, out, geometry in (
+        (channels, channels, ((1, 1), *window[1:])), (channels, filters, window),
+    ):  # fmt: skip
+        w = torch.randn(out, width // groups, taps, taps, device=device).to(**last)
+        classes.add(class_of(w.shape, *geometry[::2], groups))
+        convolutions.append(Convolution(w.requires_grad_(), None, geometry))
+        v = torch.rand(4, width, device=device) + 0.5
+        norms.append(Norm(*v[:2], *(vector.requires_grad_() for vector in v[2:]), 0.1, 1e-5))
+    with serving(backend, classes):
+        chain(x, None, convolutions, [*norms, None], False, backend).sum().backward()
 
 
 def serving(backend: str, classes: set[str]):

@@ -8,9 +8,9 @@ import os
 import torch
 from cases import Convolution, convolutions
 from fastres.kernels import configs
-from fastres.kernels.conv_dgrad import dgrad
+from fastres.kernels.conv_dgrad import Behind, dgrad
 from fastres.kernels.conv_fprop import fprop
-from fastres.kernels.conv_operands import Norm
+from fastres.kernels.conv_operands import Affine, Norm
 from fastres.kernels.conv_wgrad import wgrad
 
 BATCH = 16  # sizes divisible by 16 are compiled alike
@@ -51,6 +51,8 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
         launches += [("descriptors", call) for _, call in launches[:2]]
     launches.append(("plain", lambda tile: dgrad(dy, w, x.shape, *window, tile=tile)))
     launches.append(("wgrad", lambda tile: wgrad(dy, x, w.shape, *window, tile=tile)))
+    if not flat:
+        launches += _of_a_chain(problem)
     done = 0
     for kind, call in launches:
         for tile in tiles[kind]:
@@ -58,3 +60,15 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
                 call(tile)
                 done += 1
     return done
+
+
+def _of_a_chain(problem) -> list:
+    """Those with batch norm and ReLU before the convolution."""
+    x, w, dy, window = problem.x, problem.w, problem.dy, problem.window
+    bn = Affine(*torch.rand(3, x.shape[1], device=x.device))
+    behind = Behind(x, bn)
+    return [
+        ("prologue", lambda tile: fprop(x, w, *window, prologue=bn, statistics=True, tile=tile)),
+        ("masked", lambda tile: dgrad(dy, w, x.shape, *window, behind=behind, tile=tile)),
+        ("wgrad", lambda tile: wgrad(dy, x, w.shape, *window, prologue=bn, tile=tile)),
+    ]

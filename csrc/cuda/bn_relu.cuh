@@ -127,17 +127,18 @@ void bn_relu_run(const Queue& queue, const Activation& a, const BnRelu<T>& b, in
   with_form<T>(a, all_aligned(b), [&](auto pack, auto side_by_side) {
     constexpr int N = decltype(pack)::value;
     constexpr bool kSideBySide = decltype(side_by_side)::value;
-    if (b.training) {
+    if (b.training && b.statistics.mean) {
       const Cut cut = cut_to_reduce(a, N, multiprocessors);
       if (b.segments == 0) {
         queue(bn_relu_moments<T, N, kSideBySide>, cut.blocks(), kThreads, b.input, b.moments, cut);
       }
       queue(bn_relu_finish_moments<A>, warps_of_blocks(a.channels), kThreads, b.moments, a.channels,
             b.segments > 0 ? b.segments : int64_t(cut.segments), b.statistics);
-    } else {
+    } else if (b.statistics.mean) {
       queue(bn_relu_frozen_moments<A>, ceil_div(a.channels, kThreads), kThreads, a.channels,
             b.statistics);
     }
+    if (b.output == nullptr) return;
     const Cut cut = cut_to_apply(a, N, multiprocessors);
     queue(bn_relu_apply<T, N, kSideBySide>, cut.blocks(), kThreads, b.input, b.residual, b.output,
           b.vectors, b.relu, cut);

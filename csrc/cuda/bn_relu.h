@@ -26,12 +26,13 @@ struct Statistics {
 };
 
 // The arrays of one call, all on one device. Activations are dense; `moments` has room for
-// bn_relu_moments_size() elements, the running statistics are written only when training.
+// bn_relu_moments_size() elements, the running statistics are written only when training. A null
+// output: nothing but statistics; null statistics: those of `vectors` are there already.
 template <typename T>
 struct BnRelu {
   const T *input, *residual;
   T* output;
-  Vectors<acc_t<T>> vectors;  // mean and invstd: those of `statistics`
+  Vectors<acc_t<T>> vectors;  // mean and invstd: those of `statistics`, if any
   Statistics<acc_t<T>> statistics;
   Moments<acc_t<T>>* moments;
   int64_t segments;  // of moments that are there already, else 0

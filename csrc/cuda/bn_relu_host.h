@@ -20,6 +20,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_of(const at::Tensor& inpu
                                                           const at::Tensor& moments,
                                                           int64_t segments);
 
+// Its mean and invstd alone.
+std::tuple<at::Tensor, at::Tensor> bn_relu_moments_of(const at::Tensor& input,
+                                                      const BnReluArguments& arguments,
+                                                      const at::Tensor& moments, int64_t segments);
+
 // bn_relu_backward of checked arguments. `sums`: those of grad_output, which is masked already and
 // asks for no gradient of a residual, where they are known, in `segments` > 0 for each channel.
 struct BnReluBackwardArguments {

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "../conv_bn.h"
 #include "bn_relu.h"
@@ -26,23 +27,29 @@ at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu
                     const at::Tensor& scale, const at::Tensor& shift,
                     const std::optional<at::Tensor>& residual, bool relu);
 
-// conv2d(relu((input - mean) * weight * invstd + bias), weight) by them; prologue: C values in
-// float32, weight and bias may be null.
-at::Tensor own_bn_relu_conv(const at::Tensor& input, const Vectors<float>& prologue,
-                            const at::Tensor& weight, const cpu::ConvGeometry& g);
-
-// conv2d(input, weight), and the moments of every filter's values: (K, segments) of Moments<float>.
+// conv2d(input, weight) by them, and the moments of every filter's values: (K, segments) of
+// Moments<float>. With a prologue, C values in float32, the input is relu(batch_norm(input)).
 struct ConvMoments {
   at::Tensor output, moments;
   int64_t segments;
 };
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
-                             const cpu::ConvGeometry& g);
+                             const cpu::ConvGeometry& g, const Vectors<float>& prologue = {});
 
 // The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
 // convolution's shape.
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
                      const at::Tensor& weight, const cpu::ConvGeometry& g);
+
+// The gradients of input, bn_weight and bn_bias through conv2d(relu(batch_norm(input)), weight),
+// mean and invstd being those of input; by them where they serve.
+struct BatchNormBehind {
+  const at::Tensor &mean, &invstd;
+  const std::optional<at::Tensor>&weight, &bias;
+};
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_dgrad(
+    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBehind& bn,
+    const at::Tensor& weight, const cpu::ConvGeometry& g, bool want_input, bool want_parameters);
 
 // Throws where grad_output is not like the convolution's output.
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& input,

@@ -74,38 +74,42 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
       g.dilation, /*transposed=*/false, {0, 0}, g.groups, {true, false, false}));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_dgrad_bn_relu(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    const at::Tensor& bn_input, const std::optional<at::Tensor>& bn_weight,
-    const at::Tensor& save_mean, const at::Tensor& save_invstd, std::array<bool, 3> output_mask) {
-  const auto g = cpu::check_geometry(stride, padding, dilation, groups);
-  check_gradient(grad_output, input, weight, g);
-  check_bn_relu_backward(bn_input, bn_input, input, bn_weight, std::nullopt, save_mean, save_invstd,
-                         at::kCUDA);
-  const Below below(input.device());
-  const auto backward = [&](const at::Tensor& grad, Mask mask, std::array<bool, 3> wanted,
-                            const at::Tensor& sums, int64_t segments) {
-    return bn_relu_backward_of({grad, bn_input, input, bn_weight, std::nullopt, save_mean,
-                                save_invstd, /*training=*/true, mask, wanted},
-                               sums, segments);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_dgrad(
+    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBehind& bn,
+    const at::Tensor& weight, const cpu::ConvGeometry& g, bool want_input, bool want_parameters) {
+  const std::optional<at::Tensor> no_output;
+  const auto backward = [&](const at::Tensor& grad, Mask mask, const at::Tensor& sums,
+                            int64_t segments) {
+    auto [dx, _, grad_weight, grad_bias] =
+        bn_relu_backward_of({grad,
+                             input,
+                             no_output,
+                             bn.weight,
+                             bn.bias,
+                             bn.mean,
+                             bn.invstd,
+                             /*training=*/true,
+                             mask,
+                             {want_input, /*residual=*/false, want_parameters}},
+                            sums, segments);
+    return std::make_tuple(dx, grad_weight, grad_bias);
   };
   const Dgrad own(grad_output, input, weight, g, Epilogue::kMask);
   if (!own.serves || own.segments == 0) {
-    return backward(conv_dgrad(grad_output, input, weight, stride, padding, dilation, groups),
-                    Mask::kFromOutput, output_mask, {}, 0);
+    const auto grad =
+        conv_dgrad(grad_output, input, weight, g.stride, g.padding, g.dilation, g.groups);
+    return backward(grad, Mask::kFromInput, {}, 0);
   }
-  const auto y = operand(input), x = operand(bn_input), mean = vector<float>(save_mean);
+  const auto x = operand(input);
+  const auto mean = vector<float>(bn.mean), invstd = vector<float>(bn.invstd),
+             scale = vector<float>(bn.weight), shift = vector<float>(bn.bias);
   const auto sums = workspace<Sums<float>>(input, input.size(1) * own.segments);
   ConvFprop f{};
-  f.beside[0] = y.const_data_ptr(), f.beside[1] = x.const_data_ptr();
-  f.epilogue.mean = data<const float>(mean), f.epilogue.sums = data<Sums<float>>(sums);
-  const auto passed = own.run(grad_output, input, weight, f);
-  const auto [want_input, want_residual, want_parameters] = output_mask;
-  auto gradients =
-      backward(passed, Mask::kNone, {want_input, false, want_parameters}, sums, own.segments);
-  if (want_residual) std::get<1>(gradients) = passed.contiguous(output_format(bn_input));
-  return gradients;
+  f.beside = x.const_data_ptr();
+  f.epilogue.behind = {data<const float>(mean), data<const float>(invstd), data<const float>(scale),
+                       data<const float>(shift)};
+  f.epilogue.sums = data<Sums<float>>(sums);
+  return backward(own.run(grad_output, input, weight, f), Mask::kNone, sums, own.segments);
 }
 
 }  // namespace fastres::cuda

@@ -11,11 +11,6 @@
 
 namespace fastres::cuda {
 
-// Arrays that an epilogue reads at most.
-__host__ __device__ constexpr int arrays_beside(Epilogue epilogue) {
-  return epilogue == Epilogue::kApply ? 1 : epilogue == Epilogue::kMask ? 2 : 0;
-}
-
 // Room for half a tile: boxes of 64 x 64 values, whose rows of 128 bytes are swizzled.
 template <int kTileK>
 constexpr int kHalfBytes = 64 * kTileK * 2;
@@ -126,29 +121,30 @@ __device__ void apply(float (&sum)[HALF], const ConvEpilogue& e, bool residual, 
   }
 }
 
-// kMask, of a strip: the ReLU's output lies where the result goes, x in `behind`.
+// kMask, of a strip: x lies where the result goes. The mask is forward's, to the bit: of what batch
+// norm gave, rounded.
 template <typename T, int HALF, int kTileK>
 __device__ void mask(float (&sum)[HALF], const ConvEpilogue& e, const Strip& s, int filters,
-                     char* half, char* behind, StripSums<kTileK>& strips) {
+                     char* half, StripSums<kTileK>& strips) {
 #pragma unroll
   for (int j = 0; j < HALF / 4; ++j) {
-    const int offset = 8 * j + s.lane % 4 * 2, column = s.column + offset;
-    const float2 means = pair_of(e.mean, s.filter + offset, filters, 0);
-    const float mean[2] = {means.x, means.y};
+    const int offset = 8 * j + s.lane % 4 * 2, column = s.column + offset, k = s.filter + offset;
+    Coefficients<float> behind[2] = {};
+    for (int i = 0; i < 2 && k < filters; ++i) behind[i] = coefficients(e.behind, k + i);
     float g[2][2], gx[2][2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       T* at = reinterpret_cast<T*>(place_in(half, s.row(h), column));
-      const auto y = load<2>(at);
-      const auto x = load<2>(reinterpret_cast<const T*>(place_in(behind, s.row(h), column)));
-      Pack<T, 2> result;
+      const auto x = load<2>(at);
+      Pack<T, 2> y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        narrow(behind[i](widen(x.value[i])), y.value[i]);
         g[i][h] = widen(y.value[i]) <= 0 ? 0 : sum[4 * j + 2 * h + i];  // where y is NaN it passes
-        gx[i][h] = g[i][h] * (widen(x.value[i]) - mean[i]);
-        narrow(g[i][h], result.value[i]);
+        gx[i][h] = g[i][h] * (widen(x.value[i]) - behind[i].mean);
+        narrow(g[i][h], y.value[i]);
       }
-      store<2>(at, result);
+      store<2>(at, y);
     }
     for (int i = 0; i < 2; ++i) {
       strip_sums(g[i], gx[i], strips.first[s.number], strips.second[s.number], column + i, s);

@@ -19,9 +19,9 @@ void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
   const Queue queue("conv_fprop", stream);
   const auto run = [&](auto type) {
     using T = decltype(type);
-    if (f.prologue.mean) {  // kApply
-      return conv_fprop_sm90_run<T, Epilogue::kApply, true>(queue, shape, f, tile_k,
-                                                            multiprocessors);
+    if (f.prologue.mean) {  // kMoments
+      return conv_fprop_sm90_run<T, Epilogue::kMoments, true>(queue, shape, f, tile_k,
+                                                              multiprocessors);
     }
     with_epilogue(epilogue, [&](auto kind) {
       conv_fprop_sm90_run<T, kind>(queue, shape, f, tile_k, multiprocessors);
@@ -48,18 +48,17 @@ std::vector<KernelEntry> conv_entries() {
   using T = __nv_bfloat16;
   constexpr auto kApply = Epilogue::kApply, kMoments = Epilogue::kMoments, kMask = Epilogue::kMask;
   return {
-      entry("bfloat16 64 filters", conv_fprop_sm90<T, 64, kApply, false>,
-            sizeof(ConvMemory<64, kApply>)),
+      entry("bfloat16 64 filters", conv_fprop_sm90<T, 64, kApply, false>, sizeof(ConvMemory<64>)),
       entry("bfloat16 128 filters", conv_fprop_sm90<T, 128, kApply, false>,
-            sizeof(ConvMemory<128, kApply>)),
+            sizeof(ConvMemory<128>)),
       entry("bfloat16 256 filters", conv_fprop_sm90<T, 256, kApply, false>,
-            sizeof(ConvMemory<256, kApply>)),
+            sizeof(ConvMemory<256>)),
       entry("bfloat16 256 filters moments", conv_fprop_sm90<T, 256, kMoments, false>,
-            sizeof(ConvMemory<256, kMoments>)),
+            sizeof(ConvMemory<256>)),
       entry("bfloat16 128 filters mask", conv_fprop_sm90<T, 128, kMask, false>,
-            sizeof(ConvMemory<128, kMask>)),
-      entry("bfloat16 128 filters prologue", conv_fprop_sm90<T, 128, kApply, true>,
-            sizeof(ConvMemory<128, kApply>)),
+            sizeof(ConvMemory<128>)),
+      entry("bfloat16 128 filters prologue", conv_fprop_sm90<T, 128, kMoments, true>,
+            sizeof(ConvMemory<128>)),
   };
 }
 

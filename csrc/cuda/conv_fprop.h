@@ -10,12 +10,12 @@ namespace fastres::cuda {
 // What becomes of the sums.
 // kApply: y = act(sum * scale + shift + residual).
 // kMoments: y = sum, and of every filter the moments of a tile's 128 values, as rounded in y.
-// kMask: y = g, the sum where a ReLU let pass and 0 elsewhere; and of every filter the sums over a
-//   tile of g and of g * (x - mean), before they are rounded: what bn_relu_backward begins with.
+// kMask: y = g, the sum where the ReLU of a batch norm of x let pass and 0 elsewhere; and of every
+//   filter the sums over a tile of g and of g * (x - mean), before they are rounded: what
+//   bn_relu_backward begins with.
 enum class Epilogue { kApply, kMoments, kMask };
 
-// Filters of a tile on sm_90 at most: two arrays beside the output leave less room, a prologue
-// fewer registers.
+// Filters of a tile on sm_90 at most: batch norm, before or behind, leaves fewer registers.
 constexpr int most_tile_k(Epilogue epilogue, bool prologue) {
   return prologue || epilogue == Epilogue::kMask ? 128 : 256;
 }
@@ -33,7 +33,7 @@ void with_epilogue(Epilogue epilogue, F f) {
 
 struct ConvEpilogue {
   const float *scale, *shift;  // K values; kApply; null: 1 and 0
-  const float* mean;           // K values; kMask
+  Vectors<float> behind;       // K values; kMask
   bool relu;
   Moments<float>* moments;  // (K, segments); kMoments
   Sums<float>* sums;        // (K, segments); kMask
@@ -41,15 +41,14 @@ struct ConvEpilogue {
 };
 
 // The arrays of one call, all on one device: activations dense in channels_last, filters (K, R, S,
-// C). `beside`: arrays that the epilogue reads, like the output; kApply: the residual, or null, and
-// none; kMask: the output of the ReLU, and x.
+// C). `beside`: what the epilogue reads, like the output; kApply: the residual, or null; kMask: x.
 struct ConvFprop {
   const void *input, *filter;
-  const void* beside[2];
+  const void* beside;
   void* output;
   PixelGrid grid;  // of the output and what lies beside it
   ConvEpilogue epilogue;
-  Vectors<float> prologue = {};  // kApply, C values: the input is relu(batch_norm(input)), or null
+  Vectors<float> prologue = {};  // kMoments, C values: of relu(batch_norm(input)), or null
 };
 
 // In conv_fprop.cu: a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.

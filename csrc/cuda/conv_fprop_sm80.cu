@@ -10,8 +10,8 @@ void launch_conv_portable(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
   const Queue queue("conv_fprop", stream);
   const auto run = [&](auto type) {
     using T = decltype(type);
-    if (f.prologue.mean) {  // kApply
-      return conv_fprop_sm80_run<T, Epilogue::kApply, true>(queue, shape, f, tile_k);
+    if (f.prologue.mean) {  // kMoments
+      return conv_fprop_sm80_run<T, Epilogue::kMoments, true>(queue, shape, f, tile_k);
     }
     with_epilogue(epilogue,
                   [&](auto kind) { conv_fprop_sm80_run<T, kind>(queue, shape, f, tile_k); });
@@ -36,7 +36,7 @@ std::vector<KernelEntry> conv_portable_entries() {
       entry("bfloat16 128 filters", conv_fprop_sm80<T, 128, kApply, false>, kBytes),
       entry("bfloat16 128 filters moments", conv_fprop_sm80<T, 128, kMoments, false>, kBytes),
       entry("bfloat16 128 filters mask", conv_fprop_sm80<T, 128, kMask, false>, kBytes),
-      entry("bfloat16 128 filters prologue", conv_fprop_sm80<T, 128, kApply, true>, kBytes),
+      entry("bfloat16 128 filters prologue", conv_fprop_sm80<T, 128, kMoments, true>, kBytes),
   };
 }
 

@@ -26,7 +26,7 @@ struct PortableMemory {
   };
   union {
     Stage ring[kStages];
-    char output[2][2][kHalfBytes<kTileK>];  // and what lies beside it
+    char output[2][kHalfBytes<kTileK>];  // what lies beside it arrives there
   };
   StripSums<kTileK> strips;
 };
@@ -149,29 +149,29 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
                                 const ConvShape& shape, const ConvTiles& tiles, int tile,
                                 const ConvFprop& f, int row, int column) {
   const int filter = tiles.filter(tile);
-  const bool beside = f.beside[0] != nullptr;
+  const bool beside = f.beside != nullptr;
   const auto pixel = [&](int half) { return tiles.pixel(tile) + int64_t(half) * 64; };
-  for (int i = 0; beside && i < arrays_beside(kEpilogue); ++i) {
+  if (beside) {
     for (int half = 0; half < 2; ++half) {
-      fetch_half<T, kTileK>(m.output[i][half], f.beside[i], shape, f.grid, pixel(half), filter,
+      fetch_half<T, kTileK>(m.output[half], f.beside, shape, f.grid, pixel(half), filter,
                             threadIdx.x, kPortableThreads);
     }
+    __syncthreads();
   }
-  if (beside) __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const Strip strip(shape, tiles, tile, row / 16 + i, column);
-    char* half = m.output[0][row / 64];
+    char* half = m.output[row / 64];
     if constexpr (kEpilogue == Epilogue::kMask) {
-      mask<T>(sum[i], f.epilogue, strip, shape.k, half, m.output[1][row / 64], m.strips);
+      mask<T>(sum[i], f.epilogue, strip, shape.k, half, m.strips);
     } else {
       apply<T, kEpilogue>(sum[i], f.epilogue, beside, strip, shape.k, half, m.strips);
     }
   }
   __syncthreads();
   for (int half = 0; half < 2; ++half) {
-    put_half<T, kTileK>(m.output[0][half], f.output, shape, f.grid, pixel(half), filter,
-                        threadIdx.x, kPortableThreads);
+    put_half<T, kTileK>(m.output[half], f.output, shape, f.grid, pixel(half), filter, threadIdx.x,
+                        kPortableThreads);
   }
   if (kEpilogue != Epilogue::kApply) {
     merge_strips<kEpilogue>(m.strips, f.epilogue, shape, tiles, tile, threadIdx.x);

@@ -13,23 +13,22 @@
 
 namespace fastres::cuda {
 
-template <int kTileK, Epilogue kEpilogue>
+template <int kTileK>
 struct ConvMemory {
-  // Of tiles on their way out; what lies beside the output arrives in them.
-  static constexpr int kBuffers = arrays_beside(kEpilogue) == 2 ? 2 : 1;
-  static constexpr int kStages = kTileK == 256 ? 3 : kTileK == 64 ? 6 : kBuffers == 2 ? 4 : 5;
+  static constexpr int kStages = kTileK == 256 ? 3 : kTileK == 64 ? 6 : 5;
   static constexpr int kInputBytes = ConvTiles::kTileM * 128, kFilterBytes = kTileK * 128;
 
   alignas(1024) char input[kStages][kInputBytes];
   alignas(1024) char filter[kStages][kFilterBytes];
-  alignas(1024) char output[kBuffers][2][kHalfBytes<kTileK>];
+  alignas(
+      1024) char output[2][kHalfBytes<kTileK>];  // on its way out; what lies beside arrives there
   StripSums<kTileK> strips;
   uint64_t full[kStages], empty[kStages], beside_full[2], beside_empty[2];
 };
 
 // The tensor maps of a call.
 struct ConvMaps {
-  TensorMap input, filter, output, beside[2];
+  TensorMap input, filter, output, beside;
 };
 
 // Operand of a product: rows of 128 bytes, swizzled; eight of them are 1024 bytes.
@@ -42,23 +41,20 @@ __device__ inline uint64_t operand(const char* rows) {
 // --- the producer ---
 
 // What lies beside half a tile of an output without gaps.
-template <int kTileK, Epilogue kEpilogue>
-__device__ void load_beside(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& maps, int half,
-                            int filter, int pixel) {
-  constexpr int kArrays = arrays_beside(kEpilogue);
-  barrier_expect(&m.beside_full[half], kArrays * kHalfBytes<kTileK>);
-  for (int i = 0; i < kArrays; ++i) {
-    for (int j = 0; j < kTileK / 64; ++j) {
-      load_2d(m.output[i][half] + j * 8192, &maps.beside[i], &m.beside_full[half], filter + j * 64,
-              pixel + half * 64);
-    }
+template <int kTileK>
+__device__ void load_beside(ConvMemory<kTileK>& m, const ConvMaps& maps, int half, int filter,
+                            int pixel) {
+  barrier_expect(&m.beside_full[half], kHalfBytes<kTileK>);
+  for (int j = 0; j < kTileK / 64; ++j) {
+    load_2d(m.output[half] + j * 8192, &maps.beside, &m.beside_full[half], filter + j * 64,
+            pixel + half * 64);
   }
 }
 
-template <int kTileK, Epilogue kEpilogue>
-__device__ void conv_produce(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& maps,
-                             const ConvShape& shape, const ConvTiles& tiles, bool beside) {
-  using M = ConvMemory<kTileK, kEpilogue>;
+template <int kTileK>
+__device__ void conv_produce(ConvMemory<kTileK>& m, const ConvMaps& maps, const ConvShape& shape,
+                             const ConvTiles& tiles, bool beside) {
+  using M = ConvMemory<kTileK>;
   Stage stage;
   int parity = 0;  // of the buffers
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
@@ -117,35 +113,31 @@ class Prologue {
 };
 
 // The epilogue of a warpgroup's half of the tile.
-template <typename T, int kTileK, Epilogue kEpilogue>
-__device__ void conv_finish(ConvMemory<kTileK, kEpilogue>& m, float (&sum)[kTileK / 2], int parity,
+template <typename T, Epilogue kEpilogue, int kTileK>
+__device__ void conv_finish(ConvMemory<kTileK>& m, float (&sum)[kTileK / 2], int parity,
                             const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles,
                             int tile, int group) {
-  const bool beside = f.beside[0] != nullptr;
+  const bool beside = f.beside != nullptr;
   if (beside && f.grid.dense) barrier_wait(&m.beside_full[group], parity);
   group_sync(1 + group, 128);  // the last tile has left the buffer
   if (beside && !f.grid.dense) {
-    for (int i = 0; i < arrays_beside(kEpilogue); ++i) {
-      fetch_half<T, kTileK>(m.output[i][group], f.beside[i], shape, f.grid,
-                            tiles.pixel(tile) + group * 64, tiles.filter(tile), threadIdx.x % 128,
-                            128);
-    }
+    fetch_half<T, kTileK>(m.output[group], f.beside, shape, f.grid, tiles.pixel(tile) + group * 64,
+                          tiles.filter(tile), threadIdx.x % 128, 128);
     group_sync(1 + group, 128);
   }
   const Strip strip(shape, tiles, tile, group * 4 + threadIdx.x % 128 / 32, 0);
   if constexpr (kEpilogue == Epilogue::kMask) {
-    mask<T>(sum, f.epilogue, strip, shape.k, m.output[0][group], m.output[1][group], m.strips);
+    mask<T>(sum, f.epilogue, strip, shape.k, m.output[group], m.strips);
   } else {
-    apply<T, kEpilogue>(sum, f.epilogue, beside, strip, shape.k, m.output[0][group], m.strips);
+    apply<T, kEpilogue>(sum, f.epilogue, beside, strip, shape.k, m.output[group], m.strips);
   }
 }
 
 // From shared memory to where it belongs; what lies outside of the output is left out.
-template <typename T, int kTileK, Epilogue kEpilogue>
-__device__ void conv_store(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& maps,
-                           const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles,
-                           int tile, int group) {
-  char* half = m.output[0][group];
+template <typename T, int kTileK>
+__device__ void conv_store(ConvMemory<kTileK>& m, const ConvMaps& maps, const ConvFprop& f,
+                           const ConvShape& shape, const ConvTiles& tiles, int tile, int group) {
+  char* half = m.output[group];
   const int pixel = tiles.pixel(tile) + group * 64, filter = tiles.filter(tile);
   fence_shared();
   group_sync(1 + group, 128);
@@ -158,19 +150,19 @@ __device__ void conv_store(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& map
     store_2d(&maps.output, half + j * 8192, filter + j * 64, pixel);
   }
   stores_wait_read();
-  if (f.beside[0]) barrier_arrive(&m.beside_empty[group]);
+  if (f.beside) barrier_arrive(&m.beside_empty[group]);
 }
 
-template <typename T, bool kPrologue, int kTileK, Epilogue kEpilogue>
-__device__ void conv_consume(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& maps,
-                             const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles) {
+template <typename T, Epilogue kEpilogue, bool kPrologue, int kTileK>
+__device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const ConvFprop& f,
+                             const ConvShape& shape, const ConvTiles& tiles) {
   const int group = threadIdx.x / 128 - 1, steps = steps_of(shape);
   Stage stage;
   int parity = 0;
   float sum[kTileK / 2];
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     const auto products = [&](auto prepare) {
-      multiply<T, false, ConvMemory<kTileK, kEpilogue>::kStages>(
+      multiply<T, false, ConvMemory<kTileK>::kStages>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
           [&](int i) { return operand(m.input[i] + group * 8192); },
           [&](int i) { return operand(m.filter[i]); });
@@ -181,7 +173,7 @@ __device__ void conv_consume(ConvMemory<kTileK, kEpilogue>& m, const ConvMaps& m
     } else {
       products([](int) {});
     }
-    conv_finish<T>(m, sum, parity, f, shape, tiles, tile, group);
+    conv_finish<T, kEpilogue>(m, sum, parity, f, shape, tiles, tile, group);
     conv_store<T>(m, maps, f, shape, tiles, tile, group);
     if (kEpilogue != Epilogue::kApply) {
       group_sync(3, 256);  // all eight warps have theirs
@@ -198,7 +190,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
     conv_fprop_sm90(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvFprop f,
                     const __grid_constant__ ConvShape shape, const ConvTiles tiles) {
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using M = ConvMemory<kTileK, kEpilogue>;
+  using M = ConvMemory<kTileK>;
   static_assert(sizeof(M) <= 227 * 1024, "more than a multiprocessor's shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
@@ -212,11 +204,11 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<40>();
-    const bool beside = f.beside[0] && f.grid.dense;  // else the consumers fetch it
+    const bool beside = f.beside && f.grid.dense;  // else the consumers fetch it
     if (threadIdx.x == 0) conv_produce(m, maps, shape, tiles, beside);
   } else {
     take_registers<232>();
-    conv_consume<T, kPrologue>(m, maps, f, shape, tiles);
+    conv_consume<T, kEpilogue, kPrologue>(m, maps, f, shape, tiles);
   }
 #else
   __trap();  // the host starts it on sm_90 only
@@ -235,14 +227,12 @@ void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvF
                 encode(filter_map(f.filter, kBfloat16, shape, tile_k)),
                 map(f.output),
                 {}};
-  for (int i = 0; i < arrays_beside(kEpilogue) && f.beside[i]; ++i) {
-    maps.beside[i] = map(f.beside[i]);
-  }
+  if (f.beside) maps.beside = map(f.beside);
   const int blocks = std::min(tiles.count(), multiprocessors);
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
     queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>, blocks, kConvThreads,
-                      sizeof(ConvMemory<kTileK, kEpilogue>), maps, f, shape, tiles);
+                      sizeof(ConvMemory<kTileK>), maps, f, shape, tiles);
   };
   if constexpr (most_tile_k(kEpilogue, kPrologue) == 256) {
     if (tile_k == 256) return launch(std::integral_constant<int, 256>());

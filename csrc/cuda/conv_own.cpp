@@ -33,13 +33,8 @@ struct Forward {
         call(x, conv_shape_of(x.sizes(), weight.sizes(), g), epilogue, prologue) {}
 
   void run(const ConvEpilogue& epilogue, const Vectors<float>& prologue = {}) const {
-    call(x, {x.const_data_ptr(),
-             weight.const_data_ptr(),
-             {data<const void>(residual), nullptr},
-             output.mutable_data_ptr(),
-             PixelGrid::whole(),
-             epilogue,
-             prologue});
+    call(x, {x.const_data_ptr(), weight.const_data_ptr(), data<const void>(residual),
+             output.mutable_data_ptr(), PixelGrid::whole(), epilogue, prologue});
   }
 };
 
@@ -98,21 +93,15 @@ at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu
   return forward.output;
 }
 
-at::Tensor own_bn_relu_conv(const at::Tensor& input, const Vectors<float>& prologue,
-                            const at::Tensor& weight, const cpu::ConvGeometry& g) {
-  const Forward forward(input, weight, g, std::nullopt, Epilogue::kApply, /*prologue=*/true);
-  forward.run({}, prologue);
-  return forward.output;
-}
-
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
-                             const cpu::ConvGeometry& g) {
-  const Forward forward(input, weight, g, std::nullopt, Epilogue::kMoments);
+                             const cpu::ConvGeometry& g, const Vectors<float>& prologue) {
+  const Forward forward(input, weight, g, std::nullopt, Epilogue::kMoments,
+                        prologue.mean != nullptr);
   ConvEpilogue e{};
   e.segments = forward.call.segments();
   const auto moments = workspace<Moments<float>>(input, int64_t(forward.call.shape.k) * e.segments);
   e.moments = data<Moments<float>>(moments);
-  forward.run(e);
+  forward.run(e, prologue);
   return {forward.output, moments, e.segments};
 }
 

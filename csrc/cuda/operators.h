@@ -25,11 +25,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training, bool relu,
     std::array<bool, 3> output_mask);
 
-at::Tensor bn_relu_conv(const at::Tensor& input, const at::Tensor& running_mean,
-                        const at::Tensor& running_var, const std::optional<at::Tensor>& bn_weight,
-                        const std::optional<at::Tensor>& bn_bias, double eps,
-                        const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-                        at::IntArrayRef dilation, int64_t groups);
+std::tuple<at::Tensor, at::Tensor> bn_relu_moments(const at::Tensor& input,
+                                                   const std::optional<at::Tensor>& running_mean,
+                                                   const std::optional<at::Tensor>& running_var,
+                                                   double momentum, double eps);
+
+at::Tensor bn_relu_apply(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                         const at::Tensor& mean, const at::Tensor& invstd,
+                         const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, bool relu);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv(
+    const at::Tensor& input, const std::optional<at::Tensor>& mean,
+    const std::optional<at::Tensor>& invstd, const std::optional<at::Tensor>& bn_weight,
+    const std::optional<at::Tensor>& bn_bias, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, double momentum, double eps, bool statistics);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+    const at::Tensor& invstd, const std::optional<at::Tensor>& bn_weight,
+    const std::optional<at::Tensor>& bn_bias, const at::Tensor& weight, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    std::array<bool, 4> output_mask);
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias,
@@ -53,12 +72,6 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
 at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
                       const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                       at::IntArrayRef dilation, int64_t groups);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_dgrad_bn_relu(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    const at::Tensor& bn_input, const std::optional<at::Tensor>& bn_weight,
-    const at::Tensor& save_mean, const at::Tensor& save_invstd, std::array<bool, 3> output_mask);
 
 std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,

@@ -8,7 +8,7 @@ import operator
 
 from torch import Tensor
 
-from .. import ops, sites
+from .. import branches, ops, sites
 from ..backend import extension_serves
 
 
@@ -36,6 +36,23 @@ def add_act(input, residual, act, in_place=False):
     if _alike(residual, input):
         return sites.add_act(input, residual, act)
     return act((operator.iadd if in_place else operator.add)(input, residual))
+
+
+def branch(input, links, residual=None, in_place=False):
+    """Sites one after the other, ``residual`` added to the last one's, or ``+=``: a tuple of
+    convolution or None, batch norm, activation and identities for each."""
+    links = tuple(branches.Link(*link) for link in links)
+    if branches.serves(input, links) and branches.fits(residual, input, links):
+        return branches.run(input, links, residual)
+    *inner, (conv, bn, act, via) = links
+    for link in inner:
+        if link.conv is None:
+            input = sites.bn_act(input, *link[1:3], via=link.via)
+        else:
+            input = sites.conv_bn_act(input, *link[:3], via=link.via)
+    if residual is None:
+        return sites.conv_bn_act(input, conv, bn, act, via=via)
+    return conv_bn_add_act(input, conv, bn, act, residual, via, in_place)
 
 
 def _fits(residual, input: Tensor, conv) -> bool:

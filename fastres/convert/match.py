@@ -66,6 +66,7 @@ class Match:
 class Matches:
     found: list[Match] = field(default_factory=list)
     reasons: dict[Node, str] = field(default_factory=dict)  # why a node is in no match
+    chains: list[list[Match]] = field(default_factory=list)  # of found ones, in training
 
 
 def find(traced: Trace, effects: Effects) -> Matches:
@@ -97,6 +98,8 @@ class _Finder:
             if node not in self.taken and self.is_conv(node):
                 self.first_safe(node, [Match([node], node.args[0], node.target)])
         self.result.found.sort(key=lambda match: self.place[match.nodes[-1]])
+        if self.traced.training:
+            self.result.chains = self.chained()
         for node in self.nodes:
             if node not in self.taken and (reason := self.why_alone(node)):
                 self.result.reasons[node] = reason
@@ -108,6 +111,23 @@ class _Finder:
                 self.result.found.append(match)
                 self.taken.update(match.nodes)
                 return
+
+    def chained(self) -> list[list[Match]]:
+        """Matches of which each convolves what the one before gives to nobody else."""
+        finished: list[list[Match]] = []
+        chain_to: dict[Node, list[Match]] = {}  # by the last one's last node
+        for match in self.result.found:
+            if match.bn is None or match.pool is not None:
+                continue
+            chain = [match]
+            before = chain_to.get(match.input)
+            if match.conv is not None and before and self.is_safe(*before, match):
+                chain = [*chain_to.pop(match.input), match]
+            if match.has_relu and match.residual is None and _used_once(match.nodes[-1]):
+                chain_to[match.nodes[-1]] = chain
+            else:
+                finished.append(chain)
+        return [chain for chain in (*finished, *chain_to.values()) if len(chain) > 1]
 
     # --- kinds of nodes --------------------------------------------------------------------------
 
@@ -210,15 +230,18 @@ class _Finder:
 
     # --- safety ----------------------------------------------------------------------------------
 
-    def is_safe(self, match: Match) -> bool:
-        """Whether the inputs, read by the fused call at its last node, are still the same there."""
-        first, last = self.place[match.nodes[0]], self.place[match.nodes[-1]]
-        inputs = [(match.input, first)]
-        if match.residual is not None:
-            inputs.append((match.residual, self.place[match.nodes[-2]]))
-        mine = {self.traced.modules[path] for path in match.modules}
+    def is_safe(self, *matches: Match) -> bool:
+        """Whether the inputs, read by the fused call at its last node, are still the same there;
+        several matches are a chain, each the input of the next."""
+        nodes = [node for match in matches for node in match.nodes]
+        paths = [path for match in matches for path in match.modules]
+        first, last = self.place[nodes[0]], self.place[nodes[-1]]
+        inputs = [(matches[0].input, first)]
+        if matches[-1].residual is not None:
+            inputs.append((matches[-1].residual, self.place[nodes[-2]]))
+        mine = {self.traced.modules[path] for path in paths}
         for node in self.nodes[first + 1 : last]:
-            if node in match.nodes:
+            if node in nodes:
                 continue
             changed = self.effects.changed(node)
             for value, read in inputs:
@@ -227,7 +250,7 @@ class _Finder:
             module = self.traced.module(node)
             if module is not None and not mine.isdisjoint(module.modules()):
                 return False  # it runs, and may change, a module of this match
-            if node.op == "get_attr" and node.target.rpartition(".")[0] in match.modules:
+            if node.op == "get_attr" and node.target.rpartition(".")[0] in paths:
                 return False
         return True
 

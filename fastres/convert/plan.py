@@ -177,6 +177,8 @@ def _mode(
         for m in matches.found
     )
     program = program_of(traced, {_RELU: F.relu})
+    for chain in matches.chains:  # the program's sites stay apart: a chain is no CPU's
+        _join(traced.graph, [replaced[each.nodes[-1]] for each in chain])
     run, holds = _generate(module, traced, program, otherwise)
     return Mode(
         run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
@@ -214,6 +216,27 @@ def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> N
             arguments = (input, get(found.conv), bn, act, residual)
             call = graph.call_function(target, arguments, rest)
     _put(graph, call, found, replaced)
+
+
+def _join(graph, sites_calls: list[Node]) -> None:
+    """Put one call of a branch in the place of its sites' last one."""
+    *inner, last = sites_calls
+    links = tuple(_link(call) for call in sites_calls)
+    residual = last.args[4] if len(last.args) > 4 else None
+    in_place = {"in_place": True} if last.kwargs.get("in_place") else {}
+    with graph.inserting_before(last):
+        call = graph.call_function(
+            calls.branch, (sites_calls[0].args[0], links, residual), in_place
+        )
+    last.replace_all_uses_with(call)
+    for each in (last, *reversed(inner)):
+        graph.erase_node(each)
+
+
+def _link(call: Node) -> tuple:
+    """Convolution or None, batch norm, activation and identities of a site's call."""
+    modules = call.args[1:4] if call.target is not sites.bn_act else (None, *call.args[1:3])
+    return *modules, call.kwargs.get("via", ())
 
 
 def _replace_head(traced: Trace, head: heads.Head, replaced: dict[Node, Node]) -> None:

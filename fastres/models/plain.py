@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import sites
+from ..branches import Link, run_links
 from ..nn import conv3x3
 from ..residual import Residual
 from .cifar import DEPTHS, cifar_resnet
@@ -45,8 +45,8 @@ class PlainBlock(Residual):
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
         if scale != 1.0:
             raise ValueError("a plain block has no shortcut that would carry on without the branch")
-        out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        return sites.conv_bn_act(out, self.conv2, self.bn2, self.relu)
+        links = (Link(self.conv1, self.bn1, self.relu), Link(self.conv2, self.bn2, self.relu))
+        return run_links(x, links)
 
     def without_branch(self, x: Tensor) -> Tensor:
         if not self.keeps_shape:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import heads, sites
+from ..branches import Link, run_links
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
@@ -40,10 +41,11 @@ class PreActivation(Residual):
     """
 
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
-        active = sites.bn_act(x, self.bn1, self.relu)
-        branch = self.branch(active)
         if skipped is x and isinstance(self.downsample, nn.Conv2d):
+            active = sites.bn_act(x, self.bn1, self.relu)
+            branch = self.branch(active)
             return torch.add(sites.convolve(active, self.downsample), branch, alpha=scale)
+        branch = self.branch(x, Link(None, self.bn1, self.relu))
         return torch.add(self.without_branch(skipped), branch, alpha=scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
@@ -51,8 +53,8 @@ class PreActivation(Residual):
             return sites.convolve(sites.bn_act(x, self.bn1, self.relu), self.downsample)
         return x if self.downsample is None else self.downsample(x)
 
-    def branch(self, active: Tensor) -> Tensor:
-        """The convolutions, from ``relu(bn1(x))`` on."""
+    def branch(self, x: Tensor, *first: Link) -> Tensor:
+        """The convolutions, from ``relu(bn1(x))`` on; where that is ``first``, from ``x``."""
         raise NotImplementedError
 
 
@@ -75,9 +77,11 @@ class PreActBlock(PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    def branch(self, active: Tensor) -> Tensor:
-        out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return sites.convolve(out if self.dropout is None else self.dropout(out), self.conv2)
+    def branch(self, x: Tensor, *first: Link) -> Tensor:
+        links = (*first, Link(self.conv1, self.bn2, self.relu))
+        if self.dropout is None:
+            return run_links(x, (*links, Link(self.conv2, None)))
+        return sites.convolve(self.dropout(run_links(x, links)), self.conv2)
 
 
 class PreActBottleneck(PreActivation):
@@ -100,9 +104,12 @@ class PreActBottleneck(PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    def branch(self, active: Tensor) -> Tensor:
-        out = sites.conv_bn_act(active, self.conv1, self.bn2, self.relu)
-        return sites.convolve(sites.conv_bn_act(out, self.conv2, self.bn3, self.relu), self.conv3)
+    def branch(self, x: Tensor, *first: Link) -> Tensor:
+        links = (
+            Link(self.conv1, self.bn2, self.relu), Link(self.conv2, self.bn3, self.relu),
+            Link(self.conv3, None),
+        )  # fmt: skip
+        return run_links(x, (*first, *links))
 
 
 class PreActResNet(nn.Module):

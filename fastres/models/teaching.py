@@ -5,9 +5,9 @@ Its residual block has biased convolutions and a bare 1x1 convolution as its pro
 
 from torch import Tensor, nn
 
-from .. import heads, sites, stems
+from .. import heads, stems
 from ..memory_format import fastest
-from ..residual import Residual, end, end_without_branch
+from ..residual import Residual, block, end_without_branch
 from .registry import register
 
 
@@ -34,8 +34,8 @@ class TeachingBlock(Residual):
         self.relu = nn.ReLU(inplace=True)
 
     def combine(self, x: Tensor, skipped: Tensor, scale: float = 1.0) -> Tensor:
-        out = sites.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        return end(out, self.conv2, self.bn2, self.relu, self.conv3, skipped, scale)
+        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        return block(x, pairs, self.relu, self.conv3, skipped, scale)
 
     def without_branch(self, x: Tensor) -> Tensor:
         return end_without_branch(self.relu, self.conv3, x)

@@ -63,6 +63,31 @@ extern "C" const char* bn_relu(const char* dtype, const int64_t* shape, void** a
   });
 }
 
+// arrays: input, residual, output, mean, invstd, weight, bias: the statistics are there, or there
+// is no output and they alone are wanted
+extern "C" const char* bn_relu_half(const char* dtype, const int64_t* shape, void** p, double eps,
+                                    bool relu) {
+  return with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const auto v = [&](int i) { return static_cast<A*>(p[i]); };
+    const Activation a = activation(shape);
+    BnRelu<T> b{static_cast<T*>(p[0]),
+                static_cast<T*>(p[1]),
+                static_cast<T*>(p[2]),
+                {v(3), v(4), v(5), v(6)},
+                {},
+                nullptr,
+                0,
+                /*training=*/true,
+                relu};
+    if (!b.output) b.statistics = {v(3), v(4), nullptr, nullptr, 0, eps};
+    std::vector<Moments<A>> moments(bn_relu_moments_size<T>(a, all_aligned(b), shape[4]));
+    b.moments = moments.data();
+    bn_relu_run(emulator::Queue(), a, b, shape[4]);
+  });
+}
+
 // arrays: grad_output, input, output, grad_input, grad_residual, mean, invstd, weight, bias,
 // grad_weight, grad_bias
 extern "C" const char* bn_relu_backward(const char* dtype, const int64_t* shape, void** arrays,

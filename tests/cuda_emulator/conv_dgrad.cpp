@@ -29,8 +29,8 @@ std::vector<T> filters_of(const DgradClass& part, const ConvShape& s, const T* w
 
 }  // namespace
 
-// arrays: grad_output, filter, grad_input; of the masked form also the ReLU's output, batch norm's
-// input and mean (C), and slopes, grad_weight and grad_bias (C)
+// arrays: grad_output, filter, grad_input; of the masked form also batch norm's input, mean,
+// invstd, weight and bias (C), and slopes, grad_weight and grad_bias (C)
 extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, void** arrays,
                                   bool portable, bool masked, int tile_k, int multiprocessors) {
   return with_16_bits(dtype, [&](auto type) {
@@ -43,9 +43,9 @@ extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, voi
       if (part.has_taps()) segments += ConvTiles::of(part.conv, tile_k).down;
     }
     std::vector<Sums<float>> sums(size_t(shape.c) * segments, {NAN, NAN});
-    ConvFprop f{arrays[0], nullptr, {}, arrays[2], {}, {}, {}};
-    if (masked) f.beside[0] = arrays[3], f.beside[1] = arrays[4];
-    f.epilogue.mean = v(5), f.epilogue.sums = sums.data(), f.epilogue.segments = segments;
+    ConvFprop f{arrays[0], nullptr, nullptr, arrays[2], {}, {}, {}};
+    if (masked) f.beside = arrays[3], f.epilogue.behind = {v(4), v(5), v(6), v(7)};
+    f.epilogue.sums = sums.data(), f.epilogue.segments = segments;
     for (const auto& part : classes) {
       if (!part.has_taps()) continue;
       const auto filters = filters_of(part, shape, static_cast<const T*>(arrays[1]));
@@ -56,11 +56,10 @@ extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, voi
       f.epilogue.first += ConvTiles::of(part.conv, tile_k).down;
     }
     if (!masked) return;
-    const std::vector<float> ones(shape.c, 1);
     emulator::Queue()(bn_relu_finish_sums<float>, warps_of_blocks(shape.c), kThreads,
-                      static_cast<const Sums<float>*>(sums.data()), ones.data(), int64_t(shape.c),
-                      int64_t(segments), shape.n * shape.h * shape.w,
-                      static_cast<Slopes<float>*>(arrays[6]), v(7), v(8));
+                      static_cast<const Sums<float>*>(sums.data()), static_cast<const float*>(v(5)),
+                      int64_t(shape.c), int64_t(segments), shape.n * shape.h * shape.w,
+                      static_cast<Slopes<float>*>(arrays[8]), v(9), v(10));
   });
 }
 

@@ -19,10 +19,10 @@ extern "C" const char* conv_fprop(const char* dtype, const int64_t* numbers, voi
     std::vector<Moments<float>> partial(size_t(shape.k) * tiles.down);
     const ConvFprop f{arrays[0],
                       arrays[1],
-                      {arrays[2], nullptr},
+                      arrays[2],
                       arrays[3],
                       PixelGrid::whole(),
-                      {v(4), v(5), nullptr, relu, partial.data(), nullptr, tiles.down, 0},
+                      {v(4), v(5), {}, relu, partial.data(), nullptr, tiles.down, 0},
                       {v(8), v(9), v(10), v(11)}};
     with_epilogue(moments ? Epilogue::kMoments : Epilogue::kApply, [&](auto kind) {
       run_either<T, kind>(portable, shape, f, tile_k, multiprocessors);

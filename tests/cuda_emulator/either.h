@@ -17,10 +17,10 @@ void run_either(bool portable, const ConvShape& shape, const ConvFprop& f, int t
     else
       conv_fprop_sm90_run<T, kEpilogue, prologue>(queue, shape, f, tile_k, multiprocessors);
   };
-  if (f.prologue.mean)
-    run(std::true_type());
-  else
-    run(std::false_type());
+  if constexpr (kEpilogue == Epilogue::kMoments) {
+    if (f.prologue.mean) return run(std::true_type());
+  }
+  run(std::false_type());
 }
 
 }  // namespace fastres::cuda
