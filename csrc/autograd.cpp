@@ -131,16 +131,18 @@ struct BnRelu {
   double eps;
 
   at::Tensor output() const {
-    using Signature = at::Tensor(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const at::Tensor&, const at::Tensor&);
-    static const auto op = find_operator<Signature>("fastres::bn_relu_recompute");
-    return call(op, input, if_defined(weight), if_defined(bias), mean, invstd);
+    using Signature =
+        at::Tensor(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+                   const OptionalTensor&, const OptionalTensor&, bool);
+    static const auto op = find_operator<Signature>("fastres::bn_relu_apply");
+    return call(op, input, std::nullopt, mean, invstd, if_defined(weight), if_defined(bias),
+                /*relu=*/true);
   }
 
   // In PyTorch's own operators, which Python has.
   at::Tensor differentiable_output() const {
     const py::gil_scoped_acquire gil;
-    const auto python = py::module_::import("fastres.autograd").attr("bn_relu_recompute");
+    const auto python = py::module_::import("fastres.autograd").attr("bn_relu_output");
     return python(input, if_defined(weight), if_defined(bias), mean, invstd, training, eps)
         .cast<at::Tensor>();
   }

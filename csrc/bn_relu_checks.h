@@ -36,17 +36,17 @@ inline void check_bn_relu(const at::Tensor& input, const std::optional<at::Tenso
   }
 }
 
-inline void check_bn_relu_recompute(const at::Tensor& input,
-                                    const std::optional<at::Tensor>& weight,
-                                    const std::optional<at::Tensor>& bias,
-                                    const at::Tensor& save_mean, const at::Tensor& save_invstd,
-                                    at::DeviceType device) {
+inline void check_bn_relu_apply(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                                const at::Tensor& mean, const at::Tensor& invstd,
+                                const std::optional<at::Tensor>& weight,
+                                const std::optional<at::Tensor>& bias, at::DeviceType device) {
   check_activation(input, "input", device);
+  if (given(residual)) check_like(*residual, "residual", input, "input");
   const int64_t channels = input.size(1);
   check_per_channel(weight, "weight", channels, input);
   check_per_channel(bias, "bias", channels, input);
-  check_per_channel(save_mean, "save_mean", channels, input);
-  check_per_channel(save_invstd, "save_invstd", channels, input);
+  check_per_channel(mean, "mean", channels, input);
+  check_per_channel(invstd, "invstd", channels, input);
 }
 
 inline void check_bn_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -55,9 +55,14 @@ inline void check_bn_relu_backward(const at::Tensor& grad_output, const at::Tens
                                    const std::optional<at::Tensor>& bias,
                                    const at::Tensor& save_mean, const at::Tensor& save_invstd,
                                    at::DeviceType device) {
-  check_bn_relu_recompute(input, weight, bias, save_mean, save_invstd, device);
+  check_activation(input, "input", device);
   check_like(grad_output, "grad_output", input, "input");
   if (given(output)) check_like(*output, "output", input, "input");
+  const int64_t channels = input.size(1);
+  check_per_channel(weight, "weight", channels, input);
+  check_per_channel(bias, "bias", channels, input);
+  check_per_channel(save_mean, "save_mean", channels, input);
+  check_per_channel(save_invstd, "save_invstd", channels, input);
 }
 
 }  // namespace fastres

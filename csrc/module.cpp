@@ -18,7 +18,7 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("add_relu", &fastres::cpu::add_relu);
   m.impl("add_relu_backward", &fastres::cpu::add_relu_backward);
   m.impl("bn_relu", &fastres::cpu::bn_relu);
-  m.impl("bn_relu_recompute", &fastres::cpu::bn_relu_recompute);
+  m.impl("bn_relu_apply", &fastres::cpu::bn_relu_apply);
   m.impl("bn_relu_backward", &fastres::cpu::bn_relu_backward);
   m.impl("conv", &fastres::cpu::conv);
   m.impl("conv_dgrad", &fastres::cpu::conv_dgrad);

@@ -98,11 +98,11 @@ def bn_relu_gradients(
     )
 
 
-def bn_relu_recompute(input, weight, bias, mean, invstd, training, eps) -> Tensor:
-    """``fastres::bn_relu_recompute``, differentiable."""
+def bn_relu_output(input, weight, bias, mean, invstd, training, eps) -> Tensor:
+    """The output of a ``bn_relu`` without residual once more, differentiable."""
     if training:
         mean, invstd = reference.batch_statistics(input, eps)
-    return reference.bn_relu_recompute(input, weight, bias, mean, invstd)
+    return reference.bn_relu_apply(input, None, mean, invstd, weight, bias, True)
 
 
 class ConvBNReLUTraining(torch.autograd.Function):

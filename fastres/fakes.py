@@ -37,11 +37,6 @@ def bn_relu(
     return _like(input), statistics, torch.empty_like(statistics)
 
 
-def bn_relu_recompute(input, weight, bias, save_mean, save_invstd):
-    check_device(input, weight, bias, save_mean, save_invstd)
-    return _like(input)
-
-
 def bn_relu_backward(
     grad_output, input, output, weight, bias, save_mean, save_invstd, training, relu, output_mask
 ):

@@ -28,10 +28,6 @@ def bn_relu(
     )
 
 
-def bn_relu_recompute(input, weight, bias, save_mean, save_invstd):
-    return reference.bn_relu_recompute(input, weight, bias, save_mean, save_invstd)
-
-
 def bn_relu_backward(*args):
     return reference.bn_relu_backward(*args)
 

@@ -38,8 +38,6 @@ _SCHEMAS = {
     "add_relu_backward": "(Tensor grad_output, Tensor output) -> Tensor",
     "bn_relu": f"(Tensor input, Tensor? residual, {_BN_STATE}, bool training, float momentum, "
     "float eps, bool relu) -> (Tensor output, Tensor save_mean, Tensor save_invstd)",
-    "bn_relu_recompute": "(Tensor input, Tensor? weight, Tensor? bias, Tensor save_mean, "
-    "Tensor save_invstd) -> Tensor",
     "bn_relu_backward": "(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, "
     "Tensor? bias, Tensor save_mean, Tensor save_invstd, bool training, bool relu, "
     "bool[3] output_mask) "
@@ -99,7 +97,6 @@ for _name in _TRITON:
 add_relu = torch.ops.fastres.add_relu.default
 add_relu_backward = torch.ops.fastres.add_relu_backward.default
 bn_relu = torch.ops.fastres.bn_relu.default
-bn_relu_recompute = torch.ops.fastres.bn_relu_recompute.default
 bn_relu_backward = torch.ops.fastres.bn_relu_backward.default
 bn_relu_moments = torch.ops.fastres.bn_relu_moments.default
 bn_relu_apply = torch.ops.fastres.bn_relu_apply.default

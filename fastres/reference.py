@@ -132,15 +132,6 @@ def bn_relu_apply(
     return _cast(F.relu(output) if relu else output, input)
 
 
-def bn_relu_recompute(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None,
-    save_mean: Tensor, save_invstd: Tensor,
-) -> Tensor:  # fmt: skip
-    """The operator ``fastres::bn_relu_recompute``: the output of a :func:`bn_relu_forward` without a
-    residual once more, from what it saved."""
-    return bn_relu_apply(input, None, save_mean, save_invstd, weight, bias, True)
-
-
 def bn_relu_backward(
     grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, save_mean: Tensor, save_invstd: Tensor,

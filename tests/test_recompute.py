@@ -73,10 +73,10 @@ def test_the_same_bits(dtype, layout, training):
     grad = torch.randn(x.shape, dtype=dtype)
     with Calls() as calls:
         ours = torch.autograd.grad(run(), (x, *leaves), grad)
-    assert calls.names.count("bn_relu_recompute") == 1
+    assert calls.names.count("bn_relu_apply") == 1
     with Calls() as calls:
         beside = torch.autograd.grad(kept(run), (x, *leaves), grad)
-    assert "bn_relu_recompute" not in calls.names
+    assert "bn_relu_apply" not in calls.names
     assert all(map(torch.equal, ours, beside))
 
 
@@ -113,7 +113,7 @@ def test_an_activation_that_was_changed_is_kept():
 
     with Calls() as calls:
         assert_eager_agrees(run)
-    assert "bn_relu_recompute" not in calls.names
+    assert "bn_relu_apply" not in calls.names
 
 
 def test_a_batch_norm_whose_backward_has_run():
@@ -133,7 +133,7 @@ def test_frozen_filters_need_no_activation():
     leaves[1].requires_grad_(False)
     with Calls() as calls:
         second(first(x, leaves), leaves).sum().backward()
-    assert "bn_relu_recompute" not in calls.names
+    assert "bn_relu_apply" not in calls.names
 
 
 def test_behind_a_residual_the_output_serves():
@@ -142,7 +142,7 @@ def test_behind_a_residual_the_output_serves():
     with Calls() as calls:
         z = conv_bn_add_relu(x, x, leaves[0], training=True, running_mean=None, running_var=None)
         second(z, leaves).sum().backward()
-    assert "bn_relu_recompute" not in calls.names
+    assert "bn_relu_apply" not in calls.names
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
@@ -161,7 +161,7 @@ def test_second_derivatives(training):
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 32, 8, 8), (2, 1, 4, 4), (0, 4, 3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_recompute(shape, dtype, layout):
+def test_apply(shape, dtype, layout):
     """The operator gives the output of ``bn_relu`` to the last bit, of a slice of channels too."""
     torch.manual_seed(0)
     wide = accumulation_dtype(dtype)
@@ -172,19 +172,20 @@ def test_recompute(shape, dtype, layout):
     output, mean, invstd = ops.bn_relu(
         x, None, *statistics, scale, shift, training, 0.1, 1e-5, True
     )
-    assert torch.equal(ops.bn_relu_recompute(x, scale, shift, mean, invstd), output)
-    torch.library.opcheck(ops.bn_relu_recompute, (x, scale, shift, mean, invstd))
-    expected = reference.bn_relu_recompute(x, scale, shift, mean, invstd)
+    known = (mean, invstd, scale, shift, True)
+    assert torch.equal(ops.bn_relu_apply(x, None, *known), output)
+    torch.library.opcheck(ops.bn_relu_apply, (x, None, *known))
+    expected = reference.bn_relu_apply(x, None, *known)
     torch.testing.assert_close(expected, output)
     if shape[1] > 1:
         twice = torch.cat((x, x), 1).contiguous(memory_format=layout)
         part = twice[:, : shape[1]]
-        assert torch.equal(ops.bn_relu_recompute(part, scale, shift, mean, invstd), output)
+        assert torch.equal(ops.bn_relu_apply(part, None, *known), output)
 
 
-@pytest.mark.parametrize("name", ["save_mean", "save_invstd", "weight", "bias"])
+@pytest.mark.parametrize("name", ["mean", "invstd", "weight", "bias"])
 def test_refusals(name):
-    vectors = dict.fromkeys(("weight", "bias", "save_mean", "save_invstd"), torch.ones(4))
+    vectors = dict.fromkeys(("weight", "bias", "mean", "invstd"), torch.ones(4))
     vectors[name] = torch.ones(3)
     with pytest.raises(RuntimeError, match=f"{name}: "):
-        ops.bn_relu_recompute(torch.ones(2, 4, 3, 3), **vectors)
+        ops.bn_relu_apply(torch.ones(2, 4, 3, 3), None, relu=True, **vectors)

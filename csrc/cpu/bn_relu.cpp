@@ -41,11 +41,10 @@ class Channels {
     for (int64_t c = 0; c < channels_; ++c) set(c, vectors_[0][c], vectors_[3][c]);
   }
 
-  void set_saved(const at::Tensor& mean, const at::Tensor& invstd) {
-    ChannelVectors<A> saved(channels_, 1);
+  void set_known(const at::Tensor& mean, const at::Tensor& invstd) {
     read_channels(mean, vectors_[0]);
-    read_channels(invstd, saved[0]);
-    for (int64_t c = 0; c < channels_; ++c) vectors_[1][c] *= saved[0][c];
+    read_channels(invstd, vectors_[3]);
+    for (int64_t c = 0; c < channels_; ++c) vectors_[1][c] *= vectors_[3][c];
   }
 
   // r = (1 - momentum) * r + momentum * s, s being this batch's mean or unbiased variance.
@@ -219,21 +218,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
   return {output, save_mean, save_invstd};
 }
 
-at::Tensor bn_relu_recompute(const at::Tensor& input, const OptionalTensor& weight,
-                             const OptionalTensor& bias, const at::Tensor& save_mean,
-                             const at::Tensor& save_invstd) {
-  check_bn_relu_recompute(input, weight, bias, save_mean, save_invstd, at::kCPU);
-  const Input x(input, /*may_be_sliced=*/true);
-  auto output = empty_output(input, output_format(input));
+at::Tensor bn_relu_apply(const at::Tensor& input, const OptionalTensor& residual,
+                         const at::Tensor& mean, const at::Tensor& invstd,
+                         const OptionalTensor& weight, const OptionalTensor& bias, bool relu) {
+  check_bn_relu_apply(input, residual, mean, invstd, weight, bias, at::kCPU);
+  const auto format = output_format(input);
+  const Input x(input, /*may_be_sliced=*/!given(residual));
+  const auto r = given(residual) ? residual->contiguous(format) : at::Tensor();
+  auto output = empty_output(input, format);
   const auto g = x.geometry(output);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu_recompute", [&] {
-        Channels<acc_t<scalar_t>> channels(g, weight, bias);
-        channels.set_saved(save_mean, save_invstd);
-        forward<scalar_t>(g, x.values.const_data_ptr<scalar_t>(), x.stride, /*residual=*/nullptr,
-                          output.mutable_data_ptr<scalar_t>(), /*training=*/false, /*relu=*/true,
-                          channels);
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "bn_relu", [&] {
+    Channels<acc_t<scalar_t>> channels(g, weight, bias);
+    channels.set_known(mean, invstd);
+    forward<scalar_t>(g, x.values.const_data_ptr<scalar_t>(), x.stride,
+                      r.defined() ? r.const_data_ptr<scalar_t>() : nullptr,
+                      output.mutable_data_ptr<scalar_t>(), /*training=*/false, relu, channels);
+  });
   return output;
 }
 

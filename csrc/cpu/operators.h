@@ -21,10 +21,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu(
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, bool training,
     double momentum, double eps, bool relu);
 
-// The output of a bn_relu without residual once more, to the last bit, from what it saved.
-at::Tensor bn_relu_recompute(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                             const std::optional<at::Tensor>& bias, const at::Tensor& save_mean,
-                             const at::Tensor& save_invstd);
+// bn_relu of known statistics. Those that it saved give its output once more, to the last bit.
+at::Tensor bn_relu_apply(const at::Tensor& input, const std::optional<at::Tensor>& residual,
+                         const at::Tensor& mean, const at::Tensor& invstd,
+                         const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, bool relu);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const std::optional<at::Tensor>& output,

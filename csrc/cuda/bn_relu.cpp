@@ -115,8 +115,7 @@ std::tuple<at::Tensor, at::Tensor> bn_relu_moments(const at::Tensor& input,
 at::Tensor bn_relu_apply(const at::Tensor& input, const OptionalTensor& residual,
                          const at::Tensor& mean, const at::Tensor& invstd,
                          const OptionalTensor& weight, const OptionalTensor& bias, bool relu) {
-  check_bn_relu_backward(input, input, std::nullopt, weight, bias, mean, invstd, at::kCUDA);
-  if (given(residual)) check_like(*residual, "residual", input, "input");
+  check_bn_relu_apply(input, residual, mean, invstd, weight, bias, at::kCUDA);
   const Below below(input.device());
   const auto format = output_format(input);
   auto output = empty_in(input, format);
