@@ -291,7 +291,7 @@ def test_operators_refuse_what_does_not_fit(backend):
         operators.bn_relu_conv(x, mean[:3], invstd, *rest)
     with pytest.raises(RuntimeError, match="invstd: expected float32, got float64"):
         operators.bn_relu_conv(x, mean, invstd.double(), *rest)
-    with pytest.raises(RuntimeError, match=r"residual: expected shape \(2, 8, 6, 5\)"):
+    with pytest.raises(RuntimeError, match="residual: expected .*shape"):
         operators.bn_relu_apply(x, x[:1], *calls["bn_relu_apply"][2:])
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         operators.bn_relu_moments(x[:1, :, :1, :1], None, None, 0.1, 1e-5)
