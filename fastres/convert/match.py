@@ -1,7 +1,8 @@
 """Fusable patterns in a traced forward, and why the rest is none.
 
-The patterns are ``[convolution ->] batch norm [-> identities] [-> addition] [-> ReLU]`` and
-``addition -> ReLU``, and what convolutions are left; in eval also ``convolution ... ReLU -> max-pool`` and those of :mod:`.heads`.
+The patterns are ``[convolution ->] batch norm [-> identities] [-> addition] [-> ReLU]``,
+``addition -> ReLU`` and the convolutions that are left; in eval also ``convolution ... ReLU ->
+max-pool`` and those of :mod:`.heads`.
 A fused call stands where its last node stood; it computes the same only if every value inside is
 used once, and if nothing in between changes what the call reads.
 """
