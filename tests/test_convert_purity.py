@@ -83,8 +83,17 @@ class Prints(Block):
 
 class AsksType(Block):
     def forward(self, x):
+        if isinstance(x + 1, Tensor):
+            x = x + 1
+        return super().forward(x)
+
+
+class AsksArgumentsType(Block):
+    def forward(self, x):
         if isinstance(x, Tensor):
             x = x + 1
+        else:
+            x = torch.cat(x, 1)
         return super().forward(x)
 
 
@@ -173,7 +182,7 @@ class OwnDict(Block):
 UNTRACEABLE = {
     Counts: "sets the attribute calls", CountsInADict: "changes a list or dict",
     Remembers: "changes a list or dict", StochasticDepth: "torch.rand",
-    PythonRandom: "random", Clock: "time", Prints: "print", AsksType: "type",
+    PythonRandom: "random", Clock: "time", Prints: "print", AsksType: "a value's type",
     AsksAttribute: "names_of_my_own", DependsOnValues: "decision depends on a tensor",
     DependsOnShape: "decision depends on a tensor", Swallows: "'try'", NoGrad: "'with'",
     DependsOnGradMode: "is_grad_enabled", Decorated: "decorated", VarArgs: "inputs",
@@ -351,7 +360,7 @@ def test_changes_after_the_conversion_are_seen(change, restore_switch):
     converted = fastres.convert(model, inplace=False)
     x = images().double()
     before = kinds(converted)
-    assert before == {"conv_bn_relu": 2, "conv_bn_add_relu": 1}
+    assert before == {"conv_bn_relu": 2, "conv_bn_add_relu": 1, "conv": 2}
     for training in (True, False):
         assert_same(results(converted, [x], training), results(model, [x], training))
     before = model(x)
@@ -362,6 +371,18 @@ def test_changes_after_the_conversion_are_seen(change, restore_switch):
     for training in (True, False):
         assert_same(results(converted, [x], training), results(model, [x], training))
     fastres.summary(converted)
+
+
+def test_an_arguments_type_may_be_asked():
+    """The forward is traced for a tensor and for a list of tensors."""
+    model = randomized(AsksArgumentsType()).double()
+    converted = fastres.convert(model, inplace=False)
+    assert kinds(converted) == FUSED
+    x = images().double()
+    for training in (True, False):
+        assert_same(results(converted, [x], training), results(model, [x], training))
+    parts = list(x.split(4, 1))
+    torch.testing.assert_close(converted(parts), model(parts))
 
 
 def test_nothing_is_left_of_a_trace():

@@ -264,10 +264,10 @@ CASES = {
         {"conv_bn_relu": 1, "conv_bn_add_relu": 1, "conv_bn": 1},
     ),
     "skipconnection": (SkipConnection, {"conv_bn_relu": 1, "conv_bn_add_relu": 1}),
-    "residual with biases": (Residual, {"conv_bn_relu": 1, "conv_bn_add_relu": 1}),
+    "residual with biases": (Residual, {"conv_bn_relu": 1, "conv_bn_add_relu": 1, "conv": 1}),
     "zero padding": (ZeroPadding, {"conv_bn_relu": 1, "conv_bn_add_relu": 1}),
     "left and right": (LeftRight, {"conv_bn_relu": 1, "conv_bn_add_relu": 1, "conv_bn": 1}),
-    "pre-activation": (PreActivation, {"bn_relu": 1, "conv_bn_relu": 1}),
+    "pre-activation": (PreActivation, {"bn_relu": 1, "conv_bn_relu": 1, "conv": 1}),
     "wrapped": (Wrapped, {"conv_bn": 2, "add_relu": 1}),
     "shared": (SharedBetweenPlaces, {"conv_bn_relu": 1, "conv_bn_add_relu": 1}),
     "deep stem": (DeepStem, {"conv_bn_relu": 2}),
@@ -275,7 +275,7 @@ CASES = {
     "classifier": (Classifier, {"conv_bn_relu": 2, "conv_bn_add_relu": 2, "conv_bn": 1}),
     "sequential": (
         lambda: nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)),
-        {"conv_bn_relu": 1},
+        {"conv_bn_relu": 1, "conv": 1},
     ),
     "nested sequential": (
         lambda: nn.Sequential(

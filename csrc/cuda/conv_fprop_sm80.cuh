@@ -178,8 +178,17 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
   }
 }
 
+// Blocks of a multiprocessor: for two, sm_100's prologue would be a register short, and spill it.
+constexpr int portable_blocks([[maybe_unused]] bool prologue) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return prologue ? 1 : 2;
+#else
+  return 2;
+#endif
+}
+
 template <typename T, int kTileK, Epilogue kEpilogue, bool kPrologue>
-__global__ void __launch_bounds__(kPortableThreads, 2)
+__global__ void __launch_bounds__(kPortableThreads, portable_blocks(kPrologue))
     conv_fprop_sm80(const __grid_constant__ ConvFprop f, const __grid_constant__ ConvShape shape,
                     const ConvTiles tiles) {
 #if defined(FASTRES_EMULATOR) || __CUDA_ARCH__ >= 800
