@@ -144,7 +144,7 @@ class ConvBNReLUTraining(torch.autograd.Function):
             gradients = operators.bn_relu_backward(*operands, ctx.relu, mask)
         grad, grad_residual, grad_scale, grad_shift = gradients
         return (
-            *_conv_backward(
+            *conv_backward(
                 operators, grad, input, weight, ctx.geometry, [need_input, need_weight, need_bias]
             ),
             grad_residual if need_residual else None,
@@ -170,11 +170,11 @@ class Conv(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         operators = ops.OPERATORS[ctx.backend]
         needed = list(ctx.needs_input_grad[:3])
-        gradients = _conv_backward(operators, grad_output, input, weight, ctx.geometry, needed)
+        gradients = conv_backward(operators, grad_output, input, weight, ctx.geometry, needed)
         return *gradients, None, None
 
 
-def _conv_backward(operators, grad_output, input, weight, geometry, needed: list[bool]):
+def conv_backward(operators, grad_output, input, weight, geometry, needed: list[bool]):
     """The gradients of input, weight and bias that are needed; None for the others."""
     operands = (grad_output, input, weight, *geometry)
     if torch.is_grad_enabled():

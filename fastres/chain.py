@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .autograd import _conv_backward, needs_graph
+from .autograd import conv_backward, needs_graph
 
 
 class Convolution(NamedTuple):
@@ -197,7 +197,7 @@ def _backward(form: Form, saved: _Saved, needs: _Needs, grad: Tensor) -> tuple:
         value, filters, geometry = saved.values[i], saved.filters[i], form.geometries[i]
         wanted = needs.pair(needs.filters(i))
         if form.numbers[i] is None:
-            grad, *gradients = _conv_backward(
+            grad, *gradients = conv_backward(
                 operators, grad, value, filters[0], geometry, [needs.below(i), *wanted]
             )
         else:

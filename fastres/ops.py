@@ -133,21 +133,12 @@ class Operators(NamedTuple):
 
 
 _elementwise = (add_relu, add_relu_backward, bn_relu, bn_relu_backward)
+_convolutions = (conv_bn_relu, conv, conv_dgrad, conv_wgrad)
 _inference = (conv_bn_relu_pool, mean_linear)
 _chain = (bn_relu_moments, bn_relu_apply, bn_relu_conv, bn_relu_conv_backward)
 OPERATORS = {
-    "cpu": Operators(*_elementwise, conv_bn_relu, conv, conv_dgrad, conv_wgrad, None, *_inference),
-    "cuda": Operators(
-        *_elementwise,
-        conv_bn_relu,
-        conv,
-        conv_dgrad,
-        conv_wgrad,
-        conv_bn_relu_training,
-        None,
-        None,
-        *_chain,
-    ),
+    "cpu": Operators(*_elementwise, *_convolutions, None, *_inference),
+    "cuda": Operators(*_elementwise, *_convolutions, conv_bn_relu_training, None, None, *_chain),
     "triton": Operators(
         **{_name: getattr(torch.ops.fastres, f"triton_{_name}").default for _name in _TRITON}
     ),
