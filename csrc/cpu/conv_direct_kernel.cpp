@@ -38,9 +38,9 @@ FASTRES_INLINE void for_each_tap(const ConvShape& shape, const T* input, const P
   }
 }
 
-// What the pixels behind these need of the input and these do not, by and large.
+// What the coming pixels need of the input and those before them do not, by and large.
 template <typename T>
-Prefetch prefetch_pixels(const ConvShape& shape, const T* input, Range pixels, int64_t steps) {
+Prefetch prefetch_pixels(const ConvShape& shape, const T* input, Range coming, int64_t steps) {
   const int64_t size = shape.n * shape.h * shape.w;
   const auto last_tap = [&](int64_t index) {
     const Pixel at(shape, index);
@@ -49,7 +49,7 @@ Prefetch prefetch_pixels(const ConvShape& shape, const T* input, Range pixels, i
     return input + std::clamp((at.n * shape.h + y) * shape.w + x, int64_t{0}, size) * shape.c;
   };
   if (shape.stride[0] > shape.r || shape.stride[1] > shape.s) return {};
-  return {last_tap(pixels.end), last_tap(pixels.end + pixels.size()), steps};
+  return {last_tap(coming.begin), last_tap(coming.end), steps};
 }
 
 template <typename T>
@@ -175,12 +175,13 @@ struct ToOutput {
 };
 
 template <typename In, typename T>
-void run_on(const In* input, const ConvShape& shape, const ConvOperands<T>& operands, Range pixels,
-            Range panels, float* scratch) {
+void run_on(const In* input, const ConvShape& shape, const ConvOperands<T>& operands,
+            const ConvJob& job, float* scratch) {
+  const auto [pixels, panels, coming] = job;
   const auto gather = shape.c % kChunk == 0 ? &gather_chunks<In> : &gather_values<In>;
   gather(shape, input, pixels, scratch);
   const int64_t chunks = ceil_div(shape.taps() * shape.c, kChunk), count = pixels.size();
-  auto coming = prefetch_pixels(shape, input, pixels, panels.size() * tiles_of(count) * chunks);
+  auto prefetch = prefetch_pixels(shape, input, coming, panels.size() * tiles_of(count) * chunks);
   const auto finish = finish_of(operands);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const int64_t channel = panel * kPanel, lanes = shape.k - channel;
@@ -190,26 +191,25 @@ void run_on(const In* input, const ConvShape& shape, const ConvOperands<T>& oper
     const int64_t offset = pixels.begin * shape.k + channel;
     if (lanes >= kPanel) {
       const ToOutput<T, true> to{operands.output, finish, offset, shape.k, lanes};
-      multiply_panel(count, in, coming, to);
+      multiply_panel(count, in, prefetch, to);
     } else if (lanes <= kVec) {
       const ToOutput<T, false, false> to{operands.output, finish, offset, shape.k, lanes};
-      multiply_panel(count, in, coming, to);
+      multiply_panel(count, in, prefetch, to);
     } else {
       const ToOutput<T, false> to{operands.output, finish, offset, shape.k, lanes};
-      multiply_panel(count, in, coming, to);
+      multiply_panel(count, in, prefetch, to);
     }
   }
 }
 
 template <typename T>
-void run(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, Range panels,
+void run(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
          float* scratch) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   // A pair of channels is gathered as the float32 value that would lie there.
-  run_on(reinterpret_cast<const float*>(operands.input), in_pairs(shape), operands, pixels, panels,
-         scratch);
+  run_on(reinterpret_cast<const float*>(operands.input), in_pairs(shape), operands, job, scratch);
 #else
-  run_on(operands.input, shape, operands, pixels, panels, scratch);
+  run_on(operands.input, shape, operands, job, scratch);
 #endif
 }
 

@@ -325,8 +325,9 @@ class PanelOfImage {
 
 // `In` is what a lane of the input holds, in whose numbers `shape` counts its channels.
 template <typename In, typename T>
-void run_on(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+void run_on(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
             float* scratch) {
+  const Range rows = job.rows, panels = job.panels;
   const GroupedForm form(shape, kVec);
   const Permutations permutations(form);
   for (int64_t begin = rows.begin, end; begin < rows.end; begin = end) {
@@ -340,13 +341,13 @@ void run_on(const ConvShape& shape, const ConvOperands<T>& operands, Range rows,
 }
 
 template <typename T>
-void run(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+void run(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
          float* scratch) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   // A pair of channels is copied as the float32 value that would lie there.
-  run_on<float>(in_pairs(shape), operands, rows, panels, scratch);
+  run_on<float>(in_pairs(shape), operands, job, scratch);
 #else
-  run_on<T>(shape, operands, rows, panels, scratch);
+  run_on<T>(shape, operands, job, scratch);
 #endif
 }
 

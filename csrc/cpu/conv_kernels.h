@@ -1,5 +1,4 @@
-// The project's own convolutions. A call does one job: some rows of the output (pixels, or Winograd
-// tiles) for some panels of its channels, with `scratch` for what it packs.
+// The project's own convolutions. A call does one job, with `scratch` for what it packs.
 #pragma once
 
 #include "activations.h"
@@ -12,15 +11,15 @@ template <typename T>
 struct DirectConvKernel {
   int64_t panel;  // output channels
   // Any geometry: the product of gathered pixels and filters.
-  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, Range pixels, Range panels,
+  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
               float* scratch);
 };
 
 // False where a sum was not finite: transforms spread Inf and NaN over a tile, so the direct kernel
 // has to say what becomes of them.
 template <typename T>
-using WinogradJob = bool(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles,
-                         Range panels, float* scratch);
+using WinogradJob = bool(const ConvShape& shape, const ConvOperands<T>& operands,
+                         const ConvJob& job, float* scratch);
 
 // No dilation.
 template <typename T>
@@ -35,8 +34,8 @@ struct PolyphaseKernels {
 
 template <typename T>
 struct GroupedConvKernel {
-  // Any geometry, some rows of the output.
-  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, Range rows, Range panels,
+  // Any geometry.
+  void (*run)(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
               float* scratch);
 };
 

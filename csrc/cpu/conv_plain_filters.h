@@ -169,7 +169,7 @@ class PlainFilters {
 
   template <typename T>
   PlainFilters(const ConvShape& shape, const ConvOperands<T>& operands, const WinogradGrid&,
-               const JobTiles& tiles, Range, int64_t)
+               const JobTiles& tiles, const ConvJob&)
       : outputs_(shape.k),
         chunks_(ceil_div(shape.c, kChunk)),
         filters_(operands.weight),

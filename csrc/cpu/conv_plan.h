@@ -78,8 +78,14 @@ struct ConvJobs {
 
   int64_t count() const { return blocks * splits; }
   int64_t block_rows() const { return ceil_div(rows, blocks); }
-  Range rows_of(int64_t job) const { return part(rows, blocks, job / splits); }
-  Range panels_of(int64_t job) const { return part(panels, splits, job % splits); }
+
+  // The job of a thread that computes [job, end). What comes then is another thread's: to fetch the
+  // input of that would take it from the cache that it is in, and who writes there next wait.
+  ConvJob at(int64_t job, int64_t end) const {
+    const int64_t block = job / splits, next = (job + 1) / splits;
+    return {part(rows, blocks, block), part(panels, splits, job % splits),
+            next > block && job + 1 < end ? part(rows, blocks, next) : Range{0, 0}};
+  }
 
   static Range part(int64_t total, int64_t parts, int64_t i) {
     return {total * i / parts, total * (i + 1) / parts};

@@ -127,25 +127,25 @@ void gather_tiles(const ConvShape& shape, const T* input, const JobTiles& tiles,
 }
 
 template <int m, int r, typename Filters, typename T>
-bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
               float* scratch) {
   return run_winograd<m, r, 2, Filters>(
-      shape, operands, tiles, panels, scratch,
+      shape, operands, job, scratch,
       [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
         gather_tiles<m, r>(shape, operands.input, tiles, rows, position_stride);
       });
 }
 
 template <int m, int r, typename T>
-bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
          float* scratch) {
-  return run_with<m, r, TransformedFilters<m, r, 2, T>>(shape, operands, tiles, panels, scratch);
+  return run_with<m, r, TransformedFilters<m, r, 2, T>>(shape, operands, job, scratch);
 }
 
 template <typename T>
-bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
                float* scratch) {
-  return run_with<4, 2, PlainFilters<4, 2, 2>>(shape, operands, tiles, panels, scratch);
+  return run_with<4, 2, PlainFilters<4, 2, 2>>(shape, operands, job, scratch);
 }
 
 }  // namespace

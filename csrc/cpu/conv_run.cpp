@@ -64,16 +64,12 @@ bool run_conv(const ConvShape& shape, ConvAlgorithm algorithm, const ConvOperand
     static thread_local Scratch own;
     float* const scratch = own.of_size(values);
     for (int64_t job = begin; job < end; ++job) {
-      const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
+      const auto work = jobs.at(job, end);
       if (is_grouped(algorithm)) {
-        grouped.run(shape, operands, rows, panels, scratch);
-        continue;
-      }
-      if (!is_winograd(algorithm)) {
-        direct.run(shape, operands, rows, panels, scratch);
-        continue;
-      }
-      if (!winograd(shape, operands, rows, panels, scratch)) {
+        grouped.run(shape, operands, work, scratch);
+      } else if (!is_winograd(algorithm)) {
+        direct.run(shape, operands, work, scratch);
+      } else if (!winograd(shape, operands, work, scratch)) {
         finite.store(false, std::memory_order_relaxed);
       }
     }

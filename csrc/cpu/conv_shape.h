@@ -133,6 +133,12 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// Some rows of a convolution's output (pixels, Winograd tiles or, of groups, rows of the maps) for
+// some panels of its channels; `coming` are the rows that the same thread computes next.
+struct ConvJob {
+  Range rows, panels, coming{0, 0};
+};
+
 // (groups, K, C, R, S) filters anywhere in memory, K and C those of a group: in elements from one
 // to the next. Where input and output channels are exchanged and the taps run backwards, they are
 // those of the input's gradient.

@@ -183,16 +183,16 @@ FASTRES_INLINE void transform_output(const Load& load, const Store& store) {
   }
 }
 
-// The rows of the input below these tiles, by and large what the next tiles need.
+// What the coming tiles need of the input and those before them do not, by and large.
 template <typename T>
 Prefetch prefetch_tiles(const ConvShape& shape, const WinogradGrid& grid, const T* input,
-                        Range tiles, int64_t steps) {
-  const Corner corner(grid, tiles.end);
+                        Range coming, int64_t steps) {
+  const Corner corner(grid, coming.begin);
   const int64_t size = shape.n * shape.h * shape.w;
   const int64_t y = corner.p * shape.stride[0] - shape.padding[0] + 2;
   const int64_t first = (corner.n * shape.h + y) * shape.w + corner.q * shape.stride[1];
   const int64_t m = grid.rows.m;
-  const int64_t pixels = tiles.size() * m * m * shape.stride[0] * shape.stride[1];
+  const int64_t pixels = coming.size() * m * m * shape.stride[0] * shape.stride[1];
   const auto at = [&](int64_t pixel) {
     return input + std::clamp(pixel, int64_t{0}, size) * shape.c;
   };
@@ -289,10 +289,10 @@ template <int m, int r, int stride, typename T>
 class TransformedFilters {
  public:
   TransformedFilters(const ConvShape& shape, const ConvOperands<T>& operands,
-                     const WinogradGrid& grid, const JobTiles& tiles, Range range, int64_t panels)
+                     const WinogradGrid& grid, const JobTiles& tiles, const ConvJob& job)
       : shape_(shape), operands_(operands), tiles_(tiles) {
-    coming_ = prefetch_tiles(shape, grid, operands.input, range,
-                             panels * tiles_of(tiles.count) * kForm.chunks(shape.c));
+    coming_ = prefetch_tiles(shape, grid, operands.input, job.coming,
+                             job.panels.size() * tiles_of(tiles.count) * kForm.chunks(shape.c));
     for (int64_t row = 0; row < tiles.count; ++row) {
       const Corner& at = tiles.corners[row];
       corners_[row] = ((at.n * shape.p + at.p) * shape.q + at.q) * shape.k;
@@ -342,18 +342,18 @@ class TransformedFilters {
 // gather(tiles, rows, position_stride) transforms the tiles of the input. Filters is a class as the
 // one above.
 template <int m, int r, int stride, typename Filters, typename T, typename Gather>
-bool run_winograd(const ConvShape& shape, const ConvOperands<T>& operands, Range range,
-                  Range panels, float* scratch, const Gather& gather) {
+bool run_winograd(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
+                  float* scratch, const Gather& gather) {
   constexpr WinogradForm kForm{m, r, stride};
   const WinogradGrid grid(shape, kForm);
-  const JobTiles tiles(grid, range);
+  const JobTiles tiles(grid, job.rows);
   const int64_t rows_stride = kForm.rows_stride(shape.c, tiles.count);
   const Positions at{scratch, scratch + Tiling<m, r>::kPositions * rows_stride, rows_stride,
                      tiles.count * kPanel + kPositionSkew};
   gather(tiles, at.rows, at.rows_stride);
-  Filters filters(shape, operands, grid, tiles, range, panels.size());
+  Filters filters(shape, operands, grid, tiles, job);
   bool finite = true;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  for (int64_t panel = job.panels.begin; panel < job.panels.end; ++panel) {
     filters.multiply(panel, at);
     finite &= finish_tiles<m, r>(shape, operands, tiles, panel * kPanel, at.sums, at.sums_stride);
   }

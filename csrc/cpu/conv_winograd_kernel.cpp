@@ -24,7 +24,7 @@ FASTRES_INLINE void gather_tile(const ConvShape& shape, const T* input, const Co
 }
 
 template <int m, typename Filters, typename T>
-bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
               float* scratch) {
   const auto gather = [&](const JobTiles& tiles, float* rows, int64_t position_stride) {
     for (int64_t row = 0; row < tiles.count; ++row, rows += kChunk) {
@@ -35,19 +35,19 @@ bool run_with(const ConvShape& shape, const ConvOperands<T>& operands, Range til
       });
     }
   };
-  return run_winograd<m, 3, 1, Filters>(shape, operands, tiles, panels, scratch, gather);
+  return run_winograd<m, 3, 1, Filters>(shape, operands, job, scratch, gather);
 }
 
 template <int m, typename T>
-bool run(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
          float* scratch) {
-  return run_with<m, TransformedFilters<m, 3, 1, T>>(shape, operands, tiles, panels, scratch);
+  return run_with<m, TransformedFilters<m, 3, 1, T>>(shape, operands, job, scratch);
 }
 
 template <typename T>
-bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, Range tiles, Range panels,
+bool run_plain(const ConvShape& shape, const ConvOperands<T>& operands, const ConvJob& job,
                float* scratch) {
-  return run_with<4, PlainFilters<4, 3, 1>>(shape, operands, tiles, panels, scratch);
+  return run_with<4, PlainFilters<4, 3, 1>>(shape, operands, job, scratch);
 }
 
 }  // namespace

@@ -124,17 +124,16 @@ Values packed(const Problem& p, int64_t panel) {
 }
 
 void run_job(const Problem& p, const ConvOperands<float>& operands, const ConvJobs& jobs,
-             int64_t job, int64_t panel) {
+             const ConvJob& job, int64_t panel) {
   Values scratch(scratch_values(p.shape, p.algorithm, jobs.block_rows(), panel) + 16);
   auto* const aligned = reinterpret_cast<float*>(
       round_up(reinterpret_cast<int64_t>(scratch.data()), 64));  // as allocate() gives it
-  const Range rows = jobs.rows_of(job), panels = jobs.panels_of(job);
   if (p.algorithm == ConvAlgorithm::kDirect) {
-    AVX2::direct_conv_kernel<float>().run(p.shape, operands, rows, panels, aligned);
+    AVX2::direct_conv_kernel<float>().run(p.shape, operands, job, aligned);
     return;
   }
   if (p.algorithm == ConvAlgorithm::kGrouped) {
-    AVX2::grouped_conv_kernel<float>().run(p.shape, operands, rows, panels, aligned);
+    AVX2::grouped_conv_kernel<float>().run(p.shape, operands, job, aligned);
     return;
   }
   using enum ConvAlgorithm;
@@ -146,7 +145,7 @@ void run_job(const Problem& p, const ConvOperands<float>& operands, const ConvJo
                     : p.algorithm == kPolyphasePlain ? polyphase.of3_plain
                     : p.shape.r == 3                 ? polyphase.of3
                                                      : polyphase.of7;
-  if (!run(p.shape, operands, rows, panels, aligned)) std::exit(1);
+  if (!run(p.shape, operands, job, aligned)) std::exit(1);
 }
 
 void in_threads(const std::function<void(int)>& run) {
@@ -182,14 +181,16 @@ void check(const Problem& p) {
   Values shared(s.pixels() * s.k);
   in_threads([&](int thread) {
     for (int64_t job = thread; job < jobs.count(); job += kThreads) {
-      run_job(p, operands(shared), jobs, job, panel);
+      run_job(p, operands(shared), jobs, jobs.at(job, job + 1), panel);
     }
   });
   expect_right(p, shared);
   // Whole convolutions, one a thread.
   in_threads([&](int) {
     Values own(s.pixels() * s.k);
-    for (int64_t job = 0; job < jobs.count(); ++job) run_job(p, operands(own), jobs, job, panel);
+    for (int64_t job = 0; job < jobs.count(); ++job) {
+      run_job(p, operands(own), jobs, jobs.at(job, jobs.count()), panel);
+    }
     if (own != shared) std::exit(1);
   });
 }
@@ -207,11 +208,26 @@ void expect_shared_out() {
   std::exit(1);
 }
 
+// What comes after a thread's last job is nobody's to fetch.
+void expect_coming_of_the_same_thread() {
+  const ConvJobs jobs{/*rows=*/40, /*blocks=*/4, /*panels=*/6, /*splits=*/2};
+  const auto is = [](Range coming, int64_t begin, int64_t end) {
+    return coming.begin == begin && coming.end == end;
+  };
+  if (is(jobs.at(0, 4).coming, 0, 0) && is(jobs.at(1, 4).coming, 10, 20) &&
+      is(jobs.at(3, 4).coming, 0, 0) && is(jobs.at(3, 8).coming, 20, 30)) {
+    return;
+  }
+  std::fprintf(stderr, "ConvJobs::at: rows are coming that another thread computes\n");
+  std::exit(1);
+}
+
 }  // namespace
 
 int main() {
   using enum ConvAlgorithm;
   expect_shared_out();
+  expect_coming_of_the_same_thread();
   const ConvShape winograd[] = {
       make_shape(1, 7, 7, 32, 32, 3, 1, 1, 1), make_shape(2, 9, 14, 17, 35, 3, 1, 1, 1),
       make_shape(1, 3, 3, 1, 1, 3, 1, 0, 1), make_shape(3, 5, 6, 40, 7, 3, 1, 2, 1),
