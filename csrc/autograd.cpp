@@ -370,6 +370,19 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
               bn.weight, bn.bias, g.stride, g.padding, g.dilation, g.groups, bn.eps, relu);
 }
 
+at::Tensor conv_bn_relu_(const at::Tensor& input, const at::Tensor& residual,
+                         const Convolution& conv, const BatchNorm& bn, bool relu) {
+  using Signature =
+      void(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+           const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+           at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, double, bool);
+  static const auto op = find_operator<Signature>("fastres::conv_bn_relu_");
+  const auto& g = conv.geometry;
+  call(op, input, conv.weight, conv.bias, residual, *bn.running_mean, *bn.running_var, bn.weight,
+       bn.bias, g.stride, g.padding, g.dilation, g.groups, bn.eps, relu);
+  return residual;
+}
+
 at::Tensor conv_bn_relu_pool(const at::Tensor& input, const Convolution& conv, const BatchNorm& bn,
                              const cpu::MaxPool& pool) {
   using Signature =

@@ -53,6 +53,10 @@ at::Tensor conv(const at::Tensor& input, const Convolution& conv);
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
                         const Convolution& conv, const BatchNorm& bn, bool relu);
 
+// The same in the residual's place.
+at::Tensor conv_bn_relu_(const at::Tensor& input, const at::Tensor& residual,
+                         const Convolution& conv, const BatchNorm& bn, bool relu);
+
 // max_pool2d(conv_bn_relu(input), pool); never recorded.
 at::Tensor conv_bn_relu_pool(const at::Tensor& input, const Convolution& conv, const BatchNorm& bn,
                              const cpu::MaxPool& pool);

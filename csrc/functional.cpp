@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 
 #include "arguments.h"
+#include "cpu/operators.h"
 
 namespace fastres {
 namespace {
@@ -48,7 +49,7 @@ at::Tensor conv(const at::Tensor& input, const Convolution& conv) {
 }
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
-                        const Convolution& conv, const BatchNorm& bn, bool relu) {
+                        const Convolution& conv, const BatchNorm& bn, bool relu, bool reuse) {
   const bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
   const auto dtype = input.scalar_type();
   require(conv.weight.dim() == 4);
@@ -57,6 +58,9 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
   }
   require(!autocast && bn.running_mean && bn.running_var && conv.weight.scalar_type() == dtype);
   require(!conv.bias || conv.bias->scalar_type() == dtype);
+  if (reuse && cpu::is_faster_in_place(input, *residual, conv.weight, conv.geometry)) {
+    return autograd::conv_bn_relu_(input, *residual, conv, bn, relu);
+  }
   return autograd::conv_bn_relu(input, residual, conv, bn, relu);
 }
 

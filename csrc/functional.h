@@ -12,7 +12,8 @@ namespace fastres {
 // act(batch_norm(conv(input)) + residual): folded in eval where there is nothing to record, else in
 // two steps, under autocast as F.conv2d. Throws Unusual.
 at::Tensor conv_bn_relu(const at::Tensor& input, const OptionalTensor& residual,
-                        const Convolution& conv, const BatchNorm& bn, bool relu);
+                        const Convolution& conv, const BatchNorm& bn, bool relu,
+                        bool reuse = false);
 
 // conv(input), under autocast as F.conv2d. Throws Unusual.
 at::Tensor conv(const at::Tensor& input, const Convolution& conv);

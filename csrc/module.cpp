@@ -24,6 +24,7 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv_dgrad", &fastres::cpu::conv_dgrad);
   m.impl("conv_wgrad", &fastres::cpu::conv_wgrad);
   m.impl("conv_bn_relu", &fastres::cpu::conv_bn_relu);
+  m.impl("conv_bn_relu_", &fastres::cpu::conv_bn_relu_);
   m.impl("conv_bn_relu_pool", &fastres::cpu::conv_bn_relu_pool);
   m.impl("mean_linear", &fastres::cpu::mean_linear);
 }

@@ -3,6 +3,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
@@ -83,6 +84,11 @@ Step step_of(py::handle written) {
   for (size_t i = 0; i < step.names.size(); ++i) {
     if (step.names[i].cast<std::string>() == "via")
       step.via = static_cast<int64_t>(by_position + i);
+  }
+  if (step.site == Step::kConvBnAct && step.operands[4].kind == Operand::kValue) {
+    const auto residual = step.operands[4].value;
+    step.gives_residual =
+        std::find(step.last.begin(), step.last.end(), residual) != step.last.end();
   }
   return step;
 }
@@ -192,8 +198,11 @@ py::object call_module(py::handle module, py::object input) {
       case Inside::kChildren:
         for (const auto& child : inside.children) input = call_module(child, std::move(input));
         return input;
-      case Inside::kProgram:
-        return inside.program.cast<const Program&>().run(module, {std::move(input)});
+      case Inside::kProgram: {
+        Values values;  // not from a list, which would keep the input
+        values.push_back(std::move(input));
+        return inside.program.cast<const Program&>().run(module, std::move(values));
+      }
       default:
         break;
     }
@@ -207,7 +216,8 @@ py::object call_site(const Step& step, const Values& operands) {
   const auto& o = operands;
   switch (step.site) {
     case Step::kConvBnAct:
-      return conv_bn_act(o[0], o[1], o[2], o[3], o[4], via);
+      return step.gives_residual ? conv_bn_act_reusing(o[0], o[1], o[2], o[3], o[4], via)
+                                 : conv_bn_act(o[0], o[1], o[2], o[3], o[4], via);
     case Step::kBnAct:
       return bn_act(o[0], o[1], o[2], o[3], via);
     case Step::kConvolve:
@@ -221,10 +231,11 @@ py::object call_site(const Step& step, const Values& operands) {
   }
 }
 
-py::object run_step(const Step& step, py::handle module, const Values& values) {
+py::object run_step(const Step& step, py::handle module, Values& values) {
   Values operands;
   operands.reserve(step.operands.size());
   for (const auto& operand : step.operands) operands.push_back(resolve(operand, module, values));
+  for (const int64_t value : step.last) values[value] = py::object();
   if (step.function.is_none()) return call_module(operands[0], std::move(operands[1]));
   if (step.site != Step::kNone) {
     auto result = call_site(step, operands);
@@ -243,9 +254,7 @@ Program::Program(const py::list& steps, int64_t values, int64_t output)
 py::object Program::run(py::handle module, Values values) const {
   values.resize(values_);
   for (const auto& step : steps_) {
-    auto result = run_step(step, module, values);
-    for (const int64_t value : step.last) values[value] = py::object();
-    values[step.result] = std::move(result);
+    values[step.result] = run_step(step, module, values);
   }
   return std::move(values[output_]);
 }

@@ -31,6 +31,7 @@ struct Step {
   int64_t result;
   std::vector<int64_t> last;  // values that no later step needs
   int64_t via = -1;           // the operand that a site calls so
+  bool gives_residual = false;
 };
 
 class Program {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "arguments.h"
+#include "cpu/pooled.h"
 #include "functional.h"
 #include "modules.h"
 
@@ -168,12 +169,17 @@ void require_pooling(PyObject* module) {
   }
 }
 
+// Whether one reference is all that keeps a tensor, and its memory is its own.
+bool is_held_once(PyObject* value) {
+  if (!THPVariable_CheckExact(value) || Py_REFCNT(value) != 1) return false;
+  const auto& t = THPVariable_Unpack(value);
+  return t.use_count() == 1 && t.has_storage() && cpu::owns_output(t);
+}
+
 void require_no_autocast() { require(!at::autocast::is_autocast_enabled(at::kCPU)); }
 
-}  // namespace
-
 py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_module,
-                       py::handle act, py::handle residual, py::handle via) {
+                       py::handle act, py::handle residual, py::handle via, bool reuse) {
   OptionalTensor counted;
   const auto site = [&] {
     const auto x = activation_of(input.ptr());
@@ -190,9 +196,21 @@ py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_m
     }
     counted = bn.count();
     const py::gil_scoped_release no_gil;
-    return conv_bn_relu(x, r, conv, bn, relu);
+    return conv_bn_relu(x, r, conv, bn, relu, reuse);
   };
   return unless_unusual(site, [&] { uncount(counted); });
+}
+
+}  // namespace
+
+py::object conv_bn_act(py::handle input, py::handle conv, py::handle bn, py::handle act,
+                       py::handle residual, py::handle via) {
+  return conv_bn_act(input, conv, bn, act, residual, via, /*reuse=*/false);
+}
+
+py::object conv_bn_act_reusing(py::handle input, py::handle conv, py::handle bn, py::handle act,
+                               py::handle residual, py::handle via) {
+  return conv_bn_act(input, conv, bn, act, residual, via, /*reuse=*/is_held_once(residual.ptr()));
 }
 
 py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::handle residual,

@@ -14,6 +14,12 @@ pybind11::object conv_bn_act(pybind11::handle input, pybind11::handle conv, pybi
 pybind11::object bn_act(pybind11::handle input, pybind11::handle bn, pybind11::handle act,
                         pybind11::handle residual, pybind11::handle via);
 
+// The same for a caller who needs the residual no more, and has one reference to it: where nobody
+// else has any, the output may take its place.
+pybind11::object conv_bn_act_reusing(pybind11::handle input, pybind11::handle conv,
+                                     pybind11::handle bn, pybind11::handle act,
+                                     pybind11::handle residual, pybind11::handle via);
+
 // conv(input) where it is recorded.
 pybind11::object convolve(pybind11::handle input, pybind11::handle conv);
 

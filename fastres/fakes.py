@@ -60,6 +60,13 @@ def conv_bn_relu(
     return conv(input, weight, bias, stride, padding, dilation, groups)
 
 
+def conv_bn_relu_(
+    input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, relu,
+):  # fmt: skip
+    pass
+
+
 def conv_bn_relu_training(
     input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
     stride, padding, dilation, groups, momentum, eps, relu,

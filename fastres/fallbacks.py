@@ -109,6 +109,18 @@ def conv_bn_relu(
     )[0]
 
 
+def conv_bn_relu_(
+    input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+    stride, padding, dilation, groups, eps, relu,
+):  # fmt: skip
+    residual.copy_(
+        conv_bn_relu(
+            input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+            stride, padding, dilation, groups, eps, relu,
+        )
+    )  # fmt: skip
+
+
 def conv_bn_relu_training(
     input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
     stride, padding, dilation, groups, momentum, eps, relu,

@@ -63,6 +63,10 @@ _SCHEMAS = {
     "conv_bn_relu": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float eps, bool relu) -> Tensor",
+    # the same, its output in the residual's place
+    "conv_bn_relu_": "(Tensor input, Tensor weight, Tensor? bias, Tensor(a!) residual, "
+    "Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, "
+    f"{_GEOMETRY}, float eps, bool relu) -> ()",
     "conv_bn_relu_training": "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? bn_weight, Tensor? bn_bias, "
     f"{_GEOMETRY}, float momentum, float eps, bool relu) "
@@ -106,6 +110,7 @@ conv = torch.ops.fastres.conv.default
 conv_dgrad = torch.ops.fastres.conv_dgrad.default
 conv_wgrad = torch.ops.fastres.conv_wgrad.default
 conv_bn_relu = torch.ops.fastres.conv_bn_relu.default
+conv_bn_relu_ = torch.ops.fastres.conv_bn_relu_.default
 conv_bn_relu_training = torch.ops.fastres.conv_bn_relu_training.default
 conv_bn_relu_pool = torch.ops.fastres.conv_bn_relu_pool.default
 mean_linear = torch.ops.fastres.mean_linear.default

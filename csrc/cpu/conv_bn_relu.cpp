@@ -117,9 +117,15 @@ template <typename T>
 void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
              ConvAlgorithm algorithm, bool relu, const MaxPool* pool, const at::Tensor& y) {
   const auto shape = shape_of(x, c.weight, c.geometry);
+  // Where the output takes the residual's place, nothing can be computed a second time.
+  const bool in_place = given(residual) && residual->is_same(y);
   const auto run = [&](ConvAlgorithm with) {
     for (;;) {
       const auto folded = folded_conv(c, x.sizes(), with);
+      if (in_place && folded.unchecked && !folded.unchecked->match(c.weight)) {
+        forget_folded(c);
+        continue;
+      }
       const ConvOperands<T> operands{x.const_data_ptr<T>(),
                                      folded.weight.const_data_ptr<float>(),
                                      folded.bias.const_data_ptr<float>(),
@@ -128,7 +134,8 @@ void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& 
                                      relu};
       std::atomic<bool> stale{false};
       const auto look = [&](Range filters) {
-        if (folded.unchecked && !folded.unchecked->match(c.weight, filters)) stale = true;
+        if (in_place || !folded.unchecked) return;
+        if (!folded.unchecked->match(c.weight, filters)) stale = true;
       };
       if (pool != nullptr) look({0, shape.k});
       const bool finite = pool == nullptr ? run_conv<T>(shape, with, operands, look)
@@ -151,7 +158,22 @@ bool are_few(const at::Tensor& weight, ConvAlgorithm algorithm) {
   return packed_values(filters, algorithm) <= kFew;
 }
 
-// c.dtype is float32, whatever the activations are. The pool may be null.
+// c.dtype is float32, whatever the activations are; all activations are in channels_last. The pool
+// may be null, y the residual.
+void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
+             ConvAlgorithm algorithm, bool relu, const MaxPool* pool, const at::Tensor& y) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16:
+      run_own<c10::BFloat16>(x, residual, c, algorithm, relu, pool, y);
+      break;
+    case at::kHalf:
+      run_own<c10::Half>(x, residual, c, algorithm, relu, pool, y);
+      break;
+    default:
+      run_own<float>(x, residual, c, algorithm, relu, pool, y);
+  }
+}
+
 at::Tensor convolve_own(const at::Tensor& input, const OptionalTensor& residual, const ConvBn& c,
                         ConvAlgorithm algorithm, bool relu, const MaxPool* pool = nullptr) {
   const auto x = in_channels_last(input);
@@ -159,16 +181,7 @@ at::Tensor convolve_own(const at::Tensor& input, const OptionalTensor& residual,
   auto size = output_size(x, c.weight, c.geometry);
   if (pool != nullptr) size = pool->output_size(size);
   const auto y = empty_output(size, x.scalar_type(), at::MemoryFormat::ChannelsLast);
-  switch (x.scalar_type()) {
-    case at::kBFloat16:
-      run_own<c10::BFloat16>(x, r, c, algorithm, relu, pool, y);
-      break;
-    case at::kHalf:
-      run_own<c10::Half>(x, r, c, algorithm, relu, pool, y);
-      break;
-    default:
-      run_own<float>(x, r, c, algorithm, relu, pool, y);
-  }
+  run_own(x, r, c, algorithm, relu, pool, y);
   return y;
 }
 
@@ -208,7 +221,21 @@ at::Tensor unfolded(const at::Tensor& x, const OptionalTensor& residual, const C
                              /*training=*/false, /*momentum=*/0, c.eps, relu));
 }
 
+// Pixels of the output from which on to look at all filters beforehand costs nothing beside what it
+// saves.
+constexpr int64_t kWorthLooking = 1024;
+
 }  // namespace
+
+bool is_faster_in_place(const at::Tensor& input, const at::Tensor& residual,
+                        const at::Tensor& weight, const ConvGeometry& g) {
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  if (!residual.is_contiguous(kLast) || conv_format(input, weight) != kLast) return false;
+  if (residual.numel() < kWorthLooking * weight.size(0)) return false;
+  const auto algorithm = own_algorithm(input, weight, g);
+  // Winograd's have to be computed again where a sum is not finite.
+  return algorithm == ConvAlgorithm::kDirect || algorithm == ConvAlgorithm::kDirectBf16;
+}
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual,
@@ -256,6 +283,26 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
     if (exact.isnan().any().item<bool>()) return as_asked(exact);
   }
   return as_asked(y);
+}
+
+void conv_bn_relu_(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                   const at::Tensor& residual, const at::Tensor& running_mean,
+                   const at::Tensor& running_var, const OptionalTensor& bn_weight,
+                   const OptionalTensor& bn_bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                   at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+  check_activation(input, "input", at::kCPU);
+  const auto geometry = check_geometry(stride, padding, dilation, groups);
+  const ConvBn c{weight,  bias,     running_mean, running_var, bn_weight,
+                 bn_bias, geometry, eps,          at::kFloat};
+  check_conv_bn(input, residual, c);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  if (is_faster_in_place(input, residual, weight, geometry) && !residual.is_alias_of(input)) {
+    run_own(in_channels_last(input), residual, c, own_algorithm(input, weight, geometry), relu,
+            /*pool=*/nullptr, residual);
+    return;
+  }
+  residual.copy_(conv_bn_relu(input, weight, bias, residual, running_mean, running_var, bn_weight,
+                              bn_bias, stride, padding, dilation, groups, eps, relu));
 }
 
 at::Tensor conv_bn_relu_pool(const at::Tensor& input, const at::Tensor& weight,

@@ -9,6 +9,8 @@
 #include <string>
 #include <tuple>
 
+#include "conv_arguments.h"
+
 namespace fastres::cpu {
 
 at::Tensor add_relu(const at::Tensor& input, const at::Tensor& residual);
@@ -76,6 +78,19 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bn_bias, at::IntArrayRef stride,
                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                         double eps, bool relu);
+
+// The same in the residual's place.
+void conv_bn_relu_(const at::Tensor& input, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, const at::Tensor& residual,
+                   const at::Tensor& running_mean, const at::Tensor& running_var,
+                   const std::optional<at::Tensor>& bn_weight,
+                   const std::optional<at::Tensor>& bn_bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double eps,
+                   bool relu);
+
+// Whether that is ahead of a new output: it spares the traffic of one, and memory.
+bool is_faster_in_place(const at::Tensor& input, const at::Tensor& residual,
+                        const at::Tensor& weight, const ConvGeometry& g);
 
 // max_pool2d(conv_bn_relu(...), pool_kernel, pool_stride, pool_padding)
 at::Tensor conv_bn_relu_pool(const at::Tensor& input, const at::Tensor& weight,

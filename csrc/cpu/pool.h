@@ -32,9 +32,14 @@ class RecentPeak {
   int64_t requests_ = 0;
 };
 
-// Blocks cut from arenas of whole huge pages. The smallest free block that fits is taken, what is
-// over stays free, and a freed block joins its free neighbours. All members may be called from any
-// thread, and after a fork.
+// Blocks cut from arenas of whole huge pages. All members may be called from any thread, and after
+// a fork.
+//
+// A small block keeps its size when it is freed, and serves requests of that size. Threads share
+// out what they compute by the same rule each time: so every one of them writes to the lines that
+// it wrote before, and need not wait for the cache of another core to let go of them. A large block
+// has left all caches by then: it joins its free neighbours, and the smallest that fits is taken.
+// So are small ones when the bound forbids another arena.
 //
 // The bound: an arena is mapped only if all of them then hold at most twice the recent peak, or one
 // huge page; arenas without a block in use are unmapped as soon as they exceed it.
@@ -44,7 +49,7 @@ class Pool {
     Pool* pool;
     char* address;
     size_t bytes;
-    bool free;
+    bool free, sized;       // sized: for requests of its size only
     Block *before, *after;  // neighbours in the arena
   };
   struct Usage {
@@ -64,9 +69,12 @@ class Pool {
 
  private:
   size_t limit(size_t in_use) const;
+  Block* find(size_t bytes) const;
   Block* grow(size_t bytes);
   void split(Block* block, size_t bytes);
+  Block* join_neighbours(Block* block);
   void join(Block* block, Block* after);
+  void join_all();
   void trim(size_t limit);
   void insert(Block* block) { free_.emplace(block->bytes, block); }
   void erase(Block* block) { free_.erase({block->bytes, block}); }

@@ -81,6 +81,10 @@ at::Tensor empty_output(at::IntArrayRef size, at::ScalarType dtype, at::MemoryFo
   return empty(size, allocators().outputs, dtype, format);
 }
 
+bool owns_output(const at::Tensor& t) {
+  return t.storage().use_count() == 1 && t.storage().data_ptr().get_deleter() == &give_back;
+}
+
 at::Tensor empty_filters(int64_t values) {
   return empty({values}, allocators().filters, at::kFloat, std::nullopt);
 }

@@ -16,6 +16,9 @@ inline at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format) 
   return empty_output(like.sizes(), like.scalar_type(), format);
 }
 
+// Whether a tensor has such an output's memory, and no other tensor has it too.
+bool owns_output(const at::Tensor& t);
+
 // Packed filters. They have a pool to themselves, for they stay.
 at::Tensor empty_filters(int64_t values);
 

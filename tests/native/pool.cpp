@@ -86,21 +86,46 @@ void from_threads() {
   EXPECT(pool.usage().held == 0);
 }
 
-// What was freed last serves the next request of its size, and neighbours join.
-void reuse() {
+// A small block serves requests of its size, also after others.
+void keep_sizes() {
   Pool pool;
-  auto* const first = pool.take(kHugePage);
-  char* const address = first->address;
-  pool.give(first);
-  auto *const left = pool.take(kHugePage / 2), *const right = pool.take(kHugePage / 2);
-  EXPECT(left->address == address && right->address == address + kHugePage / 2);
+  auto *const first = pool.take(3 * 4096), *const second = pool.take(5 * 4096);
+  char *const three = first->address, *const five = second->address;
+  EXPECT(five == three + 3 * 4096);
+  for (int i = 0; i < 2; ++i) {
+    pool.give(i == 0 ? first : pool.take(3 * 4096));
+    pool.give(i == 0 ? second : pool.take(5 * 4096));
+    auto* const other = pool.take(8 * 4096);
+    EXPECT(other->address == five + 5 * 4096);
+    pool.give(other);
+  }
+  auto *const again = pool.take(5 * 4096), *const before = pool.take(3 * 4096);
+  EXPECT(again->address == five && before->address == three);
+  pool.give(again);
+  pool.give(before);
   EXPECT(pool.usage().held == kHugePage);
+  pool.release();
+}
+
+// Large ones join their neighbours at once, small ones before an arena can be given back.
+void join() {
+  Pool pool;
+  auto* const large = pool.take(4 * kHugePage);
+  char* const address = large->address;
+  pool.give(large);
+  auto *const left = pool.take(2 * kHugePage), *const right = pool.take(2 * kHugePage);
+  EXPECT(left->address == address && right->address == address + 2 * kHugePage);
   pool.give(left);
   pool.give(right);
-  auto* const whole = pool.take(kHugePage);
+  auto* const whole = pool.take(4 * kHugePage);
   EXPECT(whole->address == address);
   pool.give(whole);
+  std::vector<Pool::Block*> small;
+  for (int i = 1; i < 9; ++i) small.push_back(pool.take(i * 4096));
+  for (auto* const block : small) pool.give(block);
+  EXPECT(pool.usage().held == 4 * kHugePage);
   pool.release();
+  EXPECT(pool.usage().held == 0);
 }
 
 // After a peak is forgotten, its memory goes back without being asked for.
@@ -134,7 +159,8 @@ void refuse() {
 }  // namespace
 
 int main() {
-  reuse();
+  keep_sizes();
+  join();
   forget();
   refuse();
   from_threads();
