@@ -152,11 +152,10 @@ def test_an_input_that_somebody_has_is_left_alone(pair):
         y = converted.blocks(x)
         assert torch.equal(x, kept)
         expect_like_eager(y, eager.blocks, kept)
-        assert in_place(lambda: converted.blocks(x)) == 2
-        block = converted.blocks[0]
-        assert in_place(lambda: block(x)) == in_place(lambda: block(converted(images()))) - 3 == 0
-        view = x[:, :8]
-        assert in_place(lambda: converted.blocks(x)) == 2 and torch.equal(view, kept[:, :8])
+        # called alone, a Sequential's loop in Python has what passes between its blocks
+        assert in_place(lambda: converted.blocks(x)) == 0
+        assert in_place(lambda: converted.blocks[0](converted(images()))) == 3
+        assert torch.equal(x, kept)
 
 
 def test_a_hook_keeps_what_it_sees(pair):
