@@ -101,14 +101,6 @@ def formats(tensor: Tensor) -> tuple[bool, ...]:
     return tensor.is_contiguous(), last
 
 
-def single_threaded():
-    """A fixture: maps this small are no work for two threads, and waiting for each other costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 

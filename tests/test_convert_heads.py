@@ -11,14 +11,13 @@ from converting import (
     assert_exports_and_compiles,
     kinds,
     reasons,
-    single_threaded,
 )
 from torch import nn
 
 import fastres
 from fastres.compat import import_timm, import_torchvision
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 timm, torchvision = import_timm(), import_torchvision()
 

@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from converting import assert_same, kinds, reasons, results, single_threaded
+from converting import assert_same, kinds, reasons, results
 from test_convert_torchvision import assert_whole_model_agrees
 
 import fastres
 from fastres.compat import import_timm
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 timm = import_timm()
 

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from agreement import Calls
-from converting import assert_same, kinds, reasons, results, single_threaded
+from converting import assert_same, kinds, reasons, results
 from torch import nn
 
 import fastres
 from fastres.compat import import_torchvision
 from fastres.training.memory import peak_bytes
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 torchvision = import_torchvision()
 models = torchvision.models
