@@ -63,6 +63,10 @@ def is_flatten(module: nn.Module) -> bool:
     return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
 
 
+def is_dropout(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout
+
+
 def pooled_dimensions(module: nn.Module) -> int:
     """2 or 4, those of what a global average pooling gives; 0 for any other module."""
     if type(module) is nn.AdaptiveAvgPool2d:
@@ -79,12 +83,16 @@ def pooled_dimensions(module: nn.Module) -> int:
 
 def is_part(module: nn.Module) -> bool:
     """Whether a module may be a part of a head."""
-    return is_linear(module) or is_flatten(module) or pooled_dimensions(module) > 0
+    known = is_linear(module) or is_flatten(module) or is_dropout(module)
+    return known or pooled_dimensions(module) > 0
 
 
 def why_not(module: nn.Module) -> str:
     """Why the operator may not stand for this module; "" where it may."""
     if not is_part(module):
-        return f"{type(module).__name__} is no global average pooling, flattening or nn.Linear"
+        kinds = "global average pooling, flattening, dropout or nn.Linear"
+        return f"{type(module).__name__} is no {kinds}"
+    if is_dropout(module) and module.training and module.p > 0:
+        return "dropout in training mode"
     inner = (module.pool, module.flatten) if _name(module) == _TIMM_POOL else ()
     return next(filter(None, map(sites.why_not_plain, (module, *inner))), "")
