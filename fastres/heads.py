@@ -6,7 +6,7 @@ As the calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 import torch
 from torch import Tensor, nn
 
-from . import autograd, functional, ops, sites
+from . import autograd, functional, fusable, ops
 from .backend import extension_serves, serving
 
 KIND = "mean_linear"  # of site, and the operator that serves it
@@ -51,10 +51,6 @@ def _is_plain(parameter: Tensor, input: Tensor) -> bool:
     return ordinary and parameter.dtype == input.dtype and parameter.device == input.device
 
 
-def _name(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__qualname__
-
-
 def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
@@ -71,9 +67,9 @@ def pooled_dimensions(module: nn.Module) -> int:
     """2 or 4, those of what a global average pooling gives; 0 for any other module."""
     if type(module) is nn.AdaptiveAvgPool2d:
         return 4 if module.output_size in _ONE else 0
-    if _name(module) == _TIMM_MEAN:
+    if fusable.name_of(module) == _TIMM_MEAN:
         return (2 if module.flatten else 4) if tuple(module.dim) == (2, 3) else 0
-    if _name(module) == _TIMM_POOL:
+    if fusable.name_of(module) == _TIMM_POOL:
         dimensions = pooled_dimensions(module.pool)
         if is_flatten(module.flatten):
             return 2 if dimensions else 0
@@ -94,5 +90,5 @@ def why_not(module: nn.Module) -> str:
         return f"{type(module).__name__} is no {kinds}"
     if is_dropout(module) and module.training and module.p > 0:
         return "dropout in training mode"
-    inner = (module.pool, module.flatten) if _name(module) == _TIMM_POOL else ()
-    return next(filter(None, map(sites.why_not_plain, (module, *inner))), "")
+    inner = (module.pool, module.flatten) if fusable.name_of(module) == _TIMM_POOL else ()
+    return next(filter(None, map(fusable.why_not_plain, (module, *inner))), "")
