@@ -24,9 +24,13 @@ class chained:
     ...     loss = criterion(model(images), target)
 
     The choice is one for the process, as :class:`fastres.backend` is.
+
+    Raises ``TypeError`` for anything but a bool.
     """
 
     def __init__(self, chained: bool):
+        if not isinstance(chained, bool):
+            raise TypeError(f"chained: expected a bool, got {chained!r}")
         self.chained = chained
         self._outer: list[bool] = []  # a stack: the same object may be entered again inside itself
 
