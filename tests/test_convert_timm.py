@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from converting import assert_same, kinds, reasons, results
-from test_convert_torchvision import assert_whole_model_agrees
+from converting import assert_same, assert_whole_model_agrees, kinds, reasons, results
 
 import fastres
 from fastres.compat import import_timm
