@@ -141,7 +141,7 @@ def test_detector_up_to_its_regions():
             lambda: models.vgg11_bn(num_classes=5).features,
             {"conv_bn_relu": 3, "conv_bn_relu_pool": 5},
         ),
-        (lambda: models.mobilenet_v2(width_mult=0.25), {"conv_bn": 52}),
+        (lambda: models.mobilenet_v2(width_mult=0.25), {"conv_bn": 52, "mean_linear": 1}),
         (
             lambda: models.DenseNet(8, (2, 2, 2, 2)),
             # of each of 8 layers and 3 transitions, and the norm behind all
