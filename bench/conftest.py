@@ -7,7 +7,8 @@ import pytest
 import torch
 from harness import Comparison
 
-from fastres import compare, timing
+from fastres import timing
+from fastres.environment import environment
 
 
 def pytest_configure(config):
@@ -33,7 +34,7 @@ def comparison(request, benchmark):
 
 @functools.cache
 def machine() -> dict:
-    return compare.environment() | {"ceilings": ceilings.measure()}
+    return environment() | {"ceilings": ceilings.measure()}
 
 
 def pytest_benchmark_generate_machine_info(config):

@@ -44,9 +44,8 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype a convolution of ``input`` runs in: autocast's where it is on (never for fp64)."""
     kind = input.device.type
     floating = input.is_floating_point() and input.dtype != torch.float64
-    if (
-        floating and kind != "meta" and torch.is_autocast_enabled(kind)
-    ):  # which asks of real devices
+    # PyTorch tells of real devices only
+    if floating and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return input.dtype
 

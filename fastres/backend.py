@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch.autograd import forward_ad
 
-from . import ops
+from . import launches, ops
 
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
@@ -126,9 +126,9 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def _triton_status() -> Status:
-    if not ops.TRITON_FOUND:
+    if not launches.FOUND:
         return Status(False, "Triton is not installed; 'pip install triton' (Linux only)")
-    if not torch.cuda.is_available() and not ops.TRITON_INTERPRETS:
+    if not torch.cuda.is_available() and not launches.INTERPRETS:
         return Status(
             False,
             "torch.cuda.is_available() is False: no usable GPU, or a CPU-only torch; with "
@@ -197,8 +197,8 @@ def serving(operator: str, device: torch.device) -> str:
 def _has(name: str, operator: str, device_type: str) -> bool:
     """Triton has every operator of the GPU's: within one, a convolution may be the vendor's."""
     if name == "triton" and operator not in _OF_THE_CPU:
-        interpreted = device_type == "cpu" and ops.TRITON_FOUND and ops.TRITON_INTERPRETS
-        return interpreted or (device_type == "cuda" and ops.TRITON_FOUND)
+        interpreted = device_type == "cpu" and launches.FOUND and launches.INTERPRETS
+        return interpreted or (device_type == "cuda" and launches.FOUND)
     return name == device_type and (name, operator) in _COMPILED
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from . import chain, checks, functional, ops, sites
+from . import chain, checks, functional, fusable, ops, sites
 from .arguments import compute_dtype, conv_output_size, pair, resolve_padding
 from .backend import extension_serves, serving
 
@@ -24,9 +24,13 @@ class chained:
     ...     loss = criterion(model(images), target)
 
     The choice is one for the process, as :class:`fastres.backend` is.
+
+    Raises ``TypeError`` for anything but a bool.
     """
 
     def __init__(self, chained: bool):
+        if not isinstance(chained, bool):
+            raise TypeError(f"chained: expected a bool, got {chained!r}")
         self.chained = chained
         self._outer: list[bool] = []  # a stack: the same object may be entered again inside itself
 
@@ -57,7 +61,7 @@ class Link(NamedTuple):
 
     conv: nn.Conv2d | None
     bn: nn.Module | None
-    act: sites.Act = None
+    act: fusable.Act = None
     via: tuple[nn.Module, ...] = ()
 
 
@@ -81,16 +85,16 @@ def _are_plain(links: tuple[Link, ...]) -> bool:
     if len(set(modules)) < len(modules):
         return False
     for conv, bn, act, via in links:
-        if conv is not None and sites.why_not_conv(conv):
+        if conv is not None and fusable.why_not_conv(conv):
             return False
         if bn is None:
             continue
-        if sites.why_not_rest(bn, act, None, via) or not isinstance(bn, nn.BatchNorm2d):
+        if fusable.why_not_rest(bn, act, None, via) or not isinstance(bn, nn.BatchNorm2d):
             return False
         # None: a cumulative average, of which each site asks the device
         if not bn.training or bn.momentum is None:
             return False
-    return all(act is not None or sites.has_relu(bn) for _, bn, act, _ in links[:-1])
+    return all(act is not None or fusable.has_relu(bn) for _, bn, act, _ in links[:-1])
 
 
 def _fit(input: Tensor, links: tuple[Link, ...]) -> bool:
@@ -140,7 +144,7 @@ def run(input: Tensor, links: tuple[Link, ...], residual: Tensor | None = None) 
     """The links one after the other, ``residual`` added before the last one's ReLU; only where
     :func:`serves`."""
     last = links[-1]
-    bn_has_relu = last.bn is not None and sites.has_relu(last.bn)
+    bn_has_relu = last.bn is not None and fusable.has_relu(last.bn)
     fused = residual is None or (
         last.act is not None and not bn_has_relu and fits(residual, input, links)
     )

@@ -13,12 +13,9 @@ weights and inputs, ``err(fastres) <= 2 * err(eager) + atol``.
 
 import copy
 import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import ENVIRONMENT_VARIABLE, backend
 from .convert import convert, summary
+from .environment import environment
 from .timing import fastest, interleave, keep_freed_memory, ratios, spread
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -267,21 +265,7 @@ def compare(
         torch.float64, train, "contiguous",
     ).outputs  # fmt: skip
 
-    candidates, failures = [], {}
-    for provider in providers:
-        progress(provider)
-        layouts = ["contiguous"] if provider.startswith("fastres") else list(FORMATS)
-        try:
-            variants = {
-                layout: prepare(provider, model, batches, dtype, train, layout)
-                for layout in layouts
-            }
-        except ProviderError as error:
-            if provider == "eager":
-                raise
-            failures[provider] = str(error)
-            continue
-        candidates.append(variants[fastest({key: v.call for key, v in variants.items()})])
+    candidates, failures = _candidates(model, batches, dtype, train, providers, progress)
     progress(f"{rounds} rounds")
     seconds = interleave({c.provider: c.call for c in candidates}, rounds)
     for candidate in candidates:
@@ -301,6 +285,29 @@ def compare(
         "failures": failures,
         "environment": environment(),
     }
+
+
+def _candidates(
+    model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype, train: bool,
+    providers: Sequence[str], progress: Callable[[str], None],
+) -> tuple[list[Candidate], dict[str, str]]:  # fmt: skip
+    """Every provider in the faster of its memory formats, and why others cannot run the model."""
+    candidates, failures = [], {}
+    for provider in providers:
+        progress(provider)
+        layouts = ["contiguous"] if provider.startswith("fastres") else list(FORMATS)
+        try:
+            variants = {
+                layout: prepare(provider, model, batches, dtype, train, layout)
+                for layout in layouts
+            }
+        except ProviderError as error:
+            if provider == "eager":
+                raise
+            failures[provider] = str(error)
+            continue
+        candidates.append(variants[fastest({key: v.call for key, v in variants.items()})])
+    return candidates, failures
 
 
 def _row(
@@ -341,39 +348,3 @@ def _allowed(eager: list, reference: list, dtype: torch.dtype, train: bool) -> f
     scale = max((t.abs().max().item() for t in tensors(reference) if t.numel()), default=0.0)
     slack = _LOSS_SLACK[dtype] if train else _OUTPUT_SLACK.get(dtype, torch.finfo(dtype).eps)
     return 2 * error + slack * scale
-
-
-def environment() -> dict:
-    """What a figure depends on: versions, the processor and the threads in use (no host names)."""
-    return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("fastres", "torch", "triton", "torchvision", "timm", "onnxruntime", "openvino"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"torch": torch.__version__}
-
-
-def cpu_model() -> str:
-    """The processor's name, with family and model number where the system gives them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in reversed(lines) if ":" in line
-    )
-    name = fields.get("model name", platform.machine())
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields['model']})"
-    return name

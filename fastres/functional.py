@@ -23,6 +23,7 @@ from .backend import extension_serves, serving
 # What a call raises that refuses its arguments, before it has changed anything. A checkpoint that
 # recomputes stops it with others, after batch norm has counted the batch.
 REFUSED = (TypeError, ValueError, RuntimeError)
+CPU_CONV_DTYPES = (torch.float32, torch.bfloat16)  # in others the CPU's convolutions are PyTorch's
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -258,7 +259,7 @@ def _conv(
     """``F.conv2d``, by the backend's own operator if it has one. A compiler is better off with the
     convolution that it knows."""
     own = backend != "eager" and ops.OPERATORS[backend].conv is not None
-    if backend == "cpu" and compute_dtype(input) not in _CPU_CONV_DTYPES:
+    if backend == "cpu" and compute_dtype(input) not in CPU_CONV_DTYPES:
         own = False
     if not own or torch.compiler.is_compiling():
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -278,9 +279,6 @@ def _conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     """In the dtype that they are computed in: autocast's, where it is on."""
     dtype = compute_dtype(input)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-_CPU_CONV_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:

@@ -6,7 +6,7 @@ As the calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 import torch
 from torch import Tensor, nn
 
-from . import autograd, functional, ops, sites
+from . import autograd, functional, fusable, ops
 from .backend import extension_serves, serving
 
 KIND = "mean_linear"  # of site, and the operator that serves it
@@ -51,10 +51,6 @@ def _is_plain(parameter: Tensor, input: Tensor) -> bool:
     return ordinary and parameter.dtype == input.dtype and parameter.device == input.device
 
 
-def _name(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__qualname__
-
-
 def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
@@ -63,13 +59,17 @@ def is_flatten(module: nn.Module) -> bool:
     return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
 
 
+def is_dropout(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout
+
+
 def pooled_dimensions(module: nn.Module) -> int:
     """2 or 4, those of what a global average pooling gives; 0 for any other module."""
     if type(module) is nn.AdaptiveAvgPool2d:
         return 4 if module.output_size in _ONE else 0
-    if _name(module) == _TIMM_MEAN:
+    if fusable.name_of(module) == _TIMM_MEAN:
         return (2 if module.flatten else 4) if tuple(module.dim) == (2, 3) else 0
-    if _name(module) == _TIMM_POOL:
+    if fusable.name_of(module) == _TIMM_POOL:
         dimensions = pooled_dimensions(module.pool)
         if is_flatten(module.flatten):
             return 2 if dimensions else 0
@@ -79,12 +79,16 @@ def pooled_dimensions(module: nn.Module) -> int:
 
 def is_part(module: nn.Module) -> bool:
     """Whether a module may be a part of a head."""
-    return is_linear(module) or is_flatten(module) or pooled_dimensions(module) > 0
+    known = is_linear(module) or is_flatten(module) or is_dropout(module)
+    return known or pooled_dimensions(module) > 0
 
 
 def why_not(module: nn.Module) -> str:
     """Why the operator may not stand for this module; "" where it may."""
     if not is_part(module):
-        return f"{type(module).__name__} is no global average pooling, flattening or nn.Linear"
-    inner = (module.pool, module.flatten) if _name(module) == _TIMM_POOL else ()
-    return next(filter(None, map(sites.why_not_plain, (module, *inner))), "")
+        kinds = "global average pooling, flattening, dropout or nn.Linear"
+        return f"{type(module).__name__} is no {kinds}"
+    if is_dropout(module) and module.training and module.p > 0:
+        return "dropout in training mode"
+    inner = (module.pool, module.flatten) if fusable.name_of(module) == _TIMM_POOL else ()
+    return next(filter(None, map(fusable.why_not_plain, (module, *inner))), "")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from . import sites
+from .arguments import pair
 from .residual import Residual, block, end_without_branch
 
 
@@ -21,13 +22,14 @@ class ConvBNReLU(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
-        padding: int | None = None, dilation: int = 1, groups: int = 1, bias: bool = False,
+        self, in_channels: int, out_channels: int, kernel_size=3, stride=1,
+        padding=None, dilation=1, groups: int = 1, bias: bool = False,
         relu: bool = True, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):  # fmt: skip
         super().__init__()
         if padding is None:
-            padding = dilation * (kernel_size - 1) // 2
+            extents = zip(pair("kernel_size", kernel_size), pair("dilation", dilation), strict=True)
+            padding = tuple(d * (k - 1) // 2 for k, d in extents)
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         )

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from . import branches, sites
+from . import branches, fusable, sites
 from .backend import extension_serves
 
 _SITE = "conv_bn_relu"
@@ -59,7 +59,7 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     """``downsample(x)``, fused where it is torchvision's ``Sequential(conv, bn)``; x if None."""
     if downsample is None:
         return x
-    if sites.is_conv_bn(downsample):
+    if fusable.is_conv_bn(downsample):
         return sites.conv_bn_act(x, *downsample)
     return downsample(x)
 
@@ -96,7 +96,7 @@ def end_without_branch(act: nn.Module, downsample: nn.Module | None, x: Tensor) 
     """``act(downsample(x))``. An identity shortcut's input comes out of a ReLU: it is its own."""
     if downsample is None:
         return x
-    if sites.is_conv_bn(downsample):
+    if fusable.is_conv_bn(downsample):
         return sites.conv_bn_act(x, *downsample, act)
     output = downsample(x)
     return act(output[0] if isinstance(downsample, Weighing) else output)
@@ -125,7 +125,7 @@ def scaled_conv_bn_act(
 
 def _multiple(bn: nn.Module, scale: float) -> nn.BatchNorm2d | None:
     """A batch norm in eval that gives ``scale * bn``; None where ``bn`` must be called itself."""
-    if bn.training or type(bn) is not nn.BatchNorm2d or sites.why_not_bn(bn):
+    if bn.training or type(bn) is not nn.BatchNorm2d or fusable.why_not_bn(bn):
         return None
     if torch.is_grad_enabled() or bn.weight is None or bn.running_mean is None:
         return None

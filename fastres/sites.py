@@ -7,18 +7,14 @@ order the model's author wrote, so that the answer is always the author's.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from . import functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
 from .backend import extension_serves
-
-Act = nn.Module | Callable[[Tensor], Tensor] | None
+from .fusable import Act, has_relu, why_not_act, why_not_conv, why_not_rest
 
 
 def conv_bn_act(
@@ -71,12 +67,11 @@ def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
     plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu"
     if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return conv(input)
-    if input.dtype not in _FOLDED_DTYPES or input.dtype != conv.weight.dtype or why_not_conv(conv):
+    if input.dtype not in functional.CPU_CONV_DTYPES or input.dtype != conv.weight.dtype:
+        return conv(input)
+    if why_not_conv(conv):
         return conv(input)
     return conv_bn_act(input, conv, _unchanging(conv.out_channels, input.dtype))
-
-
-_FOLDED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -99,121 +94,7 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
     return functional.add_relu(input, residual)
 
 
-# --- which modules a fused call may stand for ----------------------------------------------------
-
-_FROZEN = {
-    ("torchvision.ops.misc", "FrozenBatchNorm2d"),
-    ("timm.layers.norm_act", "FrozenBatchNormAct2d"),
-}
-_WITH_ACT = {
-    ("timm.layers.norm_act", "BatchNormAct2d"),
-    ("timm.layers.norm_act", "FrozenBatchNormAct2d"),
-}
-
-
-def _name(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__qualname__
-
-
-def is_bn(module: nn.Module) -> bool:
-    """A batch norm whose maths is known, with or without an activation of its own."""
-    return type(module) is nn.BatchNorm2d or _name(module) in _FROZEN | _WITH_ACT
-
-
-def has_relu(bn: nn.Module) -> bool:
-    """Whether the batch norm applies a ReLU itself (timm's BatchNormAct2d)."""
-    return type(bn) is not nn.BatchNorm2d and isinstance(getattr(bn, "act", None), nn.ReLU)
-
-
-def why_not_conv(conv: nn.Module) -> str:
-    """Why a fused call may not stand for this convolution; "" where it may."""
-    if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} is not nn.Conv2d"
-    if conv.padding_mode != "zeros":
-        return f"padding_mode {conv.padding_mode!r}"
-    if conv.padding == "same" and any(
-        d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-    ):
-        return "padding 'same' is not symmetric for an even kernel"
-    return why_not_plain(conv)
-
-
-def why_not_bn(bn: nn.Module) -> str:
-    """Why a fused call may not stand for this batch norm; "" where it may."""
-    if type(bn) is not nn.BatchNorm2d:
-        name = _name(bn)
-        if name not in _FROZEN | _WITH_ACT:
-            kind = "BatchNorm subclass " if isinstance(bn, nn.modules.batchnorm._BatchNorm) else ""
-            return f"{kind}{type(bn).__name__} is not nn.BatchNorm2d"
-        if name in _WITH_ACT:
-            for inner, expected in ((bn.drop, nn.Identity), (bn.act, (nn.ReLU, nn.Identity))):
-                if not isinstance(inner, expected):
-                    return f"{type(inner).__name__} inside {type(bn).__name__}"
-                if reason := why_not_plain(inner):
-                    return reason
-    return why_not_plain(bn)
-
-
-def why_not_act(act: Act) -> str:
-    """Why a fused call may not stand for this activation; "" where it may (None: none at all)."""
-    if act is None or act is F.relu:
-        return ""
-    if type(act) is not nn.ReLU:
-        return f"activation {type(act).__name__} is not ReLU"
-    return why_not_plain(act)
-
-
-def why_not_via(module: nn.Module) -> str:
-    """Why a module between batch norm and addition may not be skipped; "" where it may."""
-    if type(module) is not nn.Identity:
-        return f"{type(module).__name__} between batch norm and addition"
-    return why_not_plain(module)
-
-
-def is_conv_bn(module: nn.Module) -> bool:
-    """A plain ``nn.Sequential(convolution, batch norm)``: torchvision's projection shortcut."""
-    return (
-        type(module) is nn.Sequential
-        and len(module) == 2
-        and isinstance(module[0], nn.Conv2d)
-        and is_bn(module[1])
-        and not why_not_plain(module)
-    )
-
-
-def why_not_plain(module: nn.Module) -> str:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return f"hook on a {type(module).__name__}"
-    if "forward" in module.__dict__:
-        return f"patched forward of a {type(module).__name__}"
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return "global module hooks"
-    return ""
-
-
-def why_not_rest(bn: nn.Module, act: Act, residual, via) -> str:
-    reason = why_not_bn(bn) or why_not_act(act)
-    if not reason and residual is not None:
-        if not isinstance(residual, Tensor):
-            return "residual is no Tensor"
-        if has_relu(bn):
-            return f"ReLU of {type(bn).__name__} comes before the addition"
-    for module in via:
-        reason = reason or why_not_via(module)
-    return reason
-
-
-# --- the calls -----------------------------------------------------------------------------------
+# --- the calls of functional ----------------------------------------------------------------------
 
 
 def _conv_bn(input, conv, bn, residual, relu) -> Tensor:

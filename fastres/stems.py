@@ -6,7 +6,7 @@ As the calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 import torch
 from torch import Tensor, nn
 
-from . import autograd, functional, ops, sites
+from . import autograd, functional, fusable, ops, sites
 from .arguments import pair
 from .backend import extension_serves, serving
 
@@ -14,7 +14,7 @@ KIND = "conv_bn_relu_pool"  # of site, and the operator that serves it
 
 
 def conv_bn_act_pool(
-    input: Tensor, conv: nn.Conv2d, bn: nn.Module, act: sites.Act, pool: nn.Module | None,
+    input: Tensor, conv: nn.Conv2d, bn: nn.Module, act: fusable.Act, pool: nn.Module | None,
     via: tuple[nn.Module, ...] = (),
 ) -> Tensor:  # fmt: skip
     """``pool(act(bn(conv(input))))``, see :func:`fastres.sites.conv_bn_act`; ``pool`` may be None."""
@@ -40,11 +40,11 @@ def _is_served(input, conv, bn, act, pool, via) -> bool:
         return False
     if serving(KIND, input.device) != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if why_not_pool(pool) or sites.why_not_conv(conv) or sites.why_not_rest(bn, act, None, via):
+    if why_not_pool(pool) or fusable.why_not_conv(conv) or fusable.why_not_rest(bn, act, None, via):
         return False
     if bn.training or bn.running_mean is None or bn.running_var is None:
         return False
-    if act is None and not sites.has_relu(bn):
+    if act is None and not fusable.has_relu(bn):
         return False
     parameters = (conv.weight, conv.bias, bn.weight, bn.bias)
     return conv.weight.dtype == input.dtype and not autograd.needs_graph(input, *parameters)
@@ -60,4 +60,4 @@ def why_not_pool(pool: nn.Module) -> str:
         return f"{type(pool).__name__} is not nn.MaxPool2d"
     if pool.return_indices or pool.ceil_mode or pair("dilation", pool.dilation) != (1, 1):
         return "max-pool with indices, dilation or ceil_mode"
-    return sites.why_not_plain(pool)
+    return fusable.why_not_plain(pool)

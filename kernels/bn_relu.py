@@ -8,12 +8,11 @@ Launchers run on the current device and stream. ``wrap`` is applied to every ker
 ``torch.library.wrap_triton`` makes the launch visible to a graph that is being traced.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout, per_channel, place, segment_of, step_of, steps
+from .layout import Layout, accumulation_dtype, per_channel, place, segment_of, step_of, steps
 from .moments import finish_moments_kernel, frozen_moments_kernel, moments_kernel
 
 # --- forward --------------------------------------------------------------------------------------
@@ -313,5 +312,5 @@ def _finish_sums(sums_g, sums_gx, save_invstd, grad_weight, grad_bias, wrap) -> 
 
 def _statistics(input: Tensor, *segments: int) -> Tensor:
     """Uninitialised (C,) or (segments, C), of the dtype that accumulates ``input``'s."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((*segments, input.shape[1]), dtype=dtype)
+    size = (*segments, input.shape[1])
+    return input.new_empty(size, dtype=accumulation_dtype(input.dtype))

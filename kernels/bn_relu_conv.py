@@ -17,6 +17,7 @@ from .conv_dgrad import Behind, dgrad
 from .conv_fprop import fprop
 from .conv_operands import Affine
 from .conv_wgrad import wgrad
+from .layout import accumulation_dtype
 
 
 def bn_relu_conv(
@@ -29,7 +30,7 @@ def bn_relu_conv(
     """``conv2d(relu(batch_norm(input)), weight, bias)``, without a mean ``conv2d(input, ...)``; with
     ``statistics`` also its own mean and invstd, and the running ones are updated."""
     window = (stride, padding, dilation, groups)
-    nothing = torch.empty(0, device=input.device, dtype=_accumulated(input))
+    nothing = input.new_empty(0, dtype=accumulation_dtype(input.dtype))
     what = "bn_relu_conv" if mean is not None else "training" if statistics else "conv"
     if not serves_forward(what, input, weight, *window):
         if mean is not None:
@@ -111,7 +112,3 @@ def _affine(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | 
     """With the scale that bn_relu's kernels have, to the bit."""
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return Affine(mean, scale, torch.zeros_like(mean) if bias is None else bias)
-
-
-def _accumulated(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -62,9 +62,8 @@ TILES = {
             Tile(128, 32, 32, 8, 4, 4),
         ),
         "statistics": (
-            Tile(
-                128, 128, 64, 8, 8, 3
-            ),  # steps of 32 make the compiler aim at 128 registers: spills
+            # steps of 32 make the compiler aim at 128 registers: spills
+            Tile(128, 128, 64, 8, 8, 3),
             Tile(128, 64, 32, 8, 4, 4),
             Tile(64, 64, 32, 8, 4, 4),
             Tile(128, 32, 32, 8, 4, 4),

@@ -10,6 +10,7 @@ from torch._prims_common import suggest_memory_format
 from . import conv_choice
 from .conv_dgrad import dgrad
 from .conv_fprop import fprop
+from .conv_shape import output_map
 from .conv_wgrad import wgrad
 
 
@@ -76,12 +77,7 @@ def serves_forward(
     what: str, input: Tensor, weight: Tensor, stride, padding, dilation, groups: int
 ) -> bool:
     """``conv_choice.serves`` for a pass that gives the convolution's output."""
-    rows, columns = (
-        (size + 2 * p - d * (taps - 1) - 1) // s + 1
-        for size, taps, s, p, d in zip(
-            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    )
+    rows, columns = output_map(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     pixels = input.shape[0] * max(rows * columns, input.shape[2] * input.shape[3])
     return conv_choice.serves(
         what, input, weight.shape, stride, dilation, groups,

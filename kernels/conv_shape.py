@@ -13,6 +13,15 @@ from .configs import MERGED_CHANNELS
 MOST_PIXELS = 2**31 - 2**10
 
 
+def output_map(size, taps, stride, padding, dilation) -> tuple[int, int]:
+    """(P, Q) of a map of ``size`` (H, W): P = (H + 2p - d(R-1) - 1) // s + 1."""
+    rows, columns = (
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, k, s, p, d in zip(size, taps, stride, padding, dilation, strict=True)
+    )
+    return rows, columns
+
+
 class Shape(NamedTuple):
     input: tuple[int, ...]  # N, C, H, W
     output: tuple[int, ...]  # N, K, P, Q
@@ -27,12 +36,7 @@ class Shape(NamedTuple):
             raise ValueError(
                 f"weight: expected {groups} groups over {input[1]} channels, got {tuple(weight)}"
             )
-        maps = tuple(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                input[2:], weight[2:], stride, padding, dilation, strict=True
-            )
-        )
+        maps = output_map(input[2:], weight[2:], stride, padding, dilation)
         most = input[0] * max(maps[0] * maps[1], input[2] * input[3])
         if most > MOST_PIXELS:
             raise ValueError(f"input: expected at most {MOST_PIXELS} pixels, got {most}")

@@ -127,6 +127,11 @@ def power_of_2(least: int, most: int) -> int:
     return power
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter

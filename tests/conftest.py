@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from interpreting import interpreted
 
 import fastres
 from fastres import fallbacks, ops
@@ -76,6 +77,13 @@ def recorder(request, monkeypatch):
     elif ops.extension is None:
         pytest.skip("the compiled extension is not installed")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def served_by_interpreted_triton():
+    """The backend "triton" on CPU tensors, its kernels run by Triton's interpreter."""
+    with interpreted(), fastres.backend("triton"):
+        yield
 
 
 @pytest.fixture

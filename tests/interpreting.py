@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastres import ops
+from fastres import launches
 
 _PACKAGE = "fastres.kernels"
 
@@ -23,18 +23,18 @@ def interpreted():
     serves CPU tensors."""
     triton = pytest.importorskip("triton")
     compiled = _forget_kernels()
-    ops._launcher.cache_clear()
+    launches.launcher.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
             _interpret_library(triton, patch)
             _patch_once_a_launch(triton, patch)
             _skip_overflow_checks(patch)
-            patch.setattr(ops, "TRITON_INTERPRETS", True)
+            patch.setattr(launches, "INTERPRETS", True)
             yield
     finally:
         _forget_kernels()
-        ops._launcher.cache_clear()
+        launches.launcher.cache_clear()
         for name, module in compiled.items():
             sys.modules[name] = module
             setattr(sys.modules[_PACKAGE], name.rpartition(".")[2], module)

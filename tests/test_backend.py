@@ -11,7 +11,7 @@ from agreement import Calls
 from conftest import backend_module
 
 import fastres
-from fastres import functional, ops
+from fastres import functional, launches, ops
 
 X = torch.randn(2, 3, 5, 7)
 
@@ -116,32 +116,32 @@ def test_why_the_extension_cannot_use_a_gpu(changed, archs, reason):
 
 def test_triton_says_why_it_cannot_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ops, "TRITON_INTERPRETS", False)
+    monkeypatch.setattr(launches, "INTERPRETS", False)
     for found, reason in ((True, "no usable GPU.*TRITON_INTERPRET=1"), (False, "not installed")):
-        monkeypatch.setattr(ops, "TRITON_FOUND", found)
+        monkeypatch.setattr(launches, "FOUND", found)
         with pytest.raises(RuntimeError, match=f"'triton' cannot serve: .*{reason}"):
             fastres.backend("triton")
-    monkeypatch.setattr(ops, "TRITON_FOUND", True)
-    monkeypatch.setattr(ops, "TRITON_INTERPRETS", True)
+    monkeypatch.setattr(launches, "FOUND", True)
+    monkeypatch.setattr(launches, "INTERPRETS", True)
     assert fastres.backends()["triton"]
 
 
 def test_each_operator_by_the_best_backend_that_has_it(monkeypatch):
     monkeypatch.setattr(backend_module, "_COMPILED", {("cuda", "add_relu"), ("cpu", "bn_relu")})
-    monkeypatch.setattr(ops, "TRITON_FOUND", True)
+    monkeypatch.setattr(launches, "FOUND", True)
     cuda = torch.device("cuda")
     assert backend_module.serving("add_relu", cuda) == "eager", "measured on no GPU yet"
     monkeypatch.setitem(backend_module._BEST, "cuda", ("cuda", "triton"))
     assert backend_module.serving("add_relu", cuda) == "cuda"
     assert backend_module.serving("bn_relu", cuda) == "triton"
     assert backend_module.serving("conv_bn_relu", cuda) == "triton"
-    monkeypatch.setattr(ops, "TRITON_FOUND", False)
+    monkeypatch.setattr(launches, "FOUND", False)
     assert backend_module.serving("add_relu", cuda) == "cuda"
     assert backend_module.serving("bn_relu", cuda) == "eager"
 
 
 def test_triton_refuses_tensors_it_cannot_read(monkeypatch):
-    monkeypatch.setattr(ops, "TRITON_INTERPRETS", False)
+    monkeypatch.setattr(launches, "INTERPRETS", False)
     with pytest.raises(RuntimeError, match="input: Triton's kernels expect a CUDA tensor, got cpu"):
         ops.OPERATORS["triton"].add_relu(X, X)
 

@@ -128,6 +128,7 @@ MISTAKES = {
     # backends, conversion
     "backend": (lambda: fastres.backend("tpu"), ValueError, "name", "auto, cuda", "'tpu'"),
     "backend kind": (lambda: fastres.backend(None), ValueError, "name", "None"),
+    "chained": (lambda: fastres.chained("0"), TypeError, "chained: expected a bool", "'0'"),
     "convert": (lambda: fastres.convert(5), TypeError, "model", "Module", "int"),
 }  # fmt: skip
 

@@ -7,20 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import Calls, assert_like_eager
-from interpreting import interpreted
 from torch import nn
 
 import fastres
 from fastres.models import plain, preact, teaching
 from fastres.nn import BasicBlock, Bottleneck
 
+pytestmark = pytest.mark.usefixtures("served_by_interpreted_triton")
+
 LAST = torch.channels_last
-
-
-@pytest.fixture(scope="module", autouse=True)
-def served_by_triton():
-    with interpreted(), fastres.backend("triton"):
-        yield
 
 
 def projection(channels, filters, stride):

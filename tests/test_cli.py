@@ -13,6 +13,9 @@ from torch import nn
 
 import fastres
 from fastres import cli, compare, compat, timing
+from fastres.cli.images import batches_of, load_images
+from fastres.cli.model import build_model
+from fastres.training.recipes import IMAGENET_MEAN, IMAGENET_STD
 
 SMALL = ["--size", "32", "--rounds", "2", "--providers", "eager", "fastres"]
 
@@ -147,7 +150,7 @@ def test_weights_are_loaded(capsys, photographs, here, tmp_path):
     torch.manual_seed(5)
     trained, file, saved = tiny(), tmp_path / "weights.pt", tmp_path / "result.json"
     torch.save(trained.state_dict(), file)
-    model = cli.build_model(f"{here}:tiny", file)
+    model = build_model(f"{here}:tiny", file)
     assert all(
         torch.equal(value, trained.state_dict()[name])
         for name, value in model.state_dict().items()
@@ -203,9 +206,9 @@ def test_files_that_do_not_fit_are_named(capsys, here, photographs, tmp_path):
         (["--image", tmp_path / "none.jpg"], "none.jpg: No such file"),
         (["--image", text], "no picture that pillow can read"),
         (["--image", tmp_path], f"{tmp_path}: Is a directory"),
-        (["--weights", tmp_path / "none.pt"], "--weights: no such file"),
-        (["--weights", text], "is no file of tensors"),
-        (["--weights", weights], "does not fit the model"),
+        (["--weights", tmp_path / "none.pt"], "--weights: checkpoint: no such file"),
+        (["--weights", text], "is damaged, or no checkpoint"),
+        (["--weights", weights], "is of another model"),
         (["--json", tmp_path / "none" / "a.json"], "--json: no such folder"),
     ]:
         status, _, err = run(
@@ -251,13 +254,13 @@ def test_info_lists_versions_and_backends(capsys):
 
 def test_models_of_every_family_are_built_from_seed_0(torchvision):
     for spec, weight in [("torchvision:resnet18", "fc"), ("fastres:resnet18", "fc")]:
-        first, second = cli.build_model(spec), cli.build_model(spec)
+        first, second = build_model(spec), build_model(spec)
         assert isinstance(first, nn.Module) and first is not second
         assert torch.equal(getattr(first, weight).weight, getattr(second, weight).weight)
     pytest.importorskip("timm")
-    assert cli.build_model("timm:resnet18").num_classes == 1000
+    assert build_model("timm:resnet18").num_classes == 1000
     # a backbone that would be downloaded by default
-    assert cli.build_model("torchvision:fcn_resnet50").backbone.conv1.out_channels == 64
+    assert build_model("torchvision:fcn_resnet50").backbone.conv1.out_channels == 64
 
 
 def test_summary_prints_what_the_library_says(capsys, here):
@@ -343,9 +346,9 @@ def test_calibration_sets_the_mean_over_the_batches():
 
 def test_batches_are_full_and_repeat_no_picture():
     images = torch.arange(5.0).view(5, 1, 1, 1)
-    batches = cli.batches_of(images, 2)
+    batches = batches_of(images, 2)
     assert [batch.flatten().tolist() for batch in batches] == [[0, 1], [2, 3], [4, 0]]
-    (batch,) = cli.batches_of(torch.randn(2, 3, 16, 16), 8)
+    (batch,) = batches_of(torch.randn(2, 3, 16, 16), 8)
     distances = (batch[:, None] - batch).abs().amax((2, 3, 4)) + torch.eye(8)
     assert batch.shape[0] == 8 and distances.min() > 0
 
@@ -353,10 +356,10 @@ def test_batches_are_full_and_repeat_no_picture():
 def test_images_are_normalised(tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (50, 30), (255, 128, 0)).save(tmp_path / "flat.png")
-    (pixels,) = cli.load_images([tmp_path / "flat.png"], 16)
+    (pixels,) = load_images([tmp_path / "flat.png"], 16)
     assert pixels.shape == (3, 16, 16)
     for channel, level in enumerate((255, 128, 0)):
-        expected = (level / 255 - cli.MEAN[channel]) / cli.STD[channel]
+        expected = (level / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
         torch.testing.assert_close(pixels[channel], torch.full((16, 16), expected))
 
 

@@ -11,14 +11,13 @@ from converting import (
     assert_exports_and_compiles,
     kinds,
     reasons,
-    single_threaded,
 )
 from torch import nn
 
 import fastres
 from fastres.compat import import_timm, import_torchvision
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 timm, torchvision = import_timm(), import_torchvision()
 
@@ -54,6 +53,10 @@ def by_whole_size(net, x):
     return net.fc(x.view(x.size()[0], -1))
 
 
+def functional_dropout(net, x):
+    return net.fc(F.dropout(torch.flatten(net.avgpool(x), 1), 0.5, net.training))
+
+
 HEADS = {
     "torchvision": lambda net, x: net.fc(torch.flatten(net.avgpool(x), 1)),
     "method": lambda net, x: net.fc(F.adaptive_avg_pool2d(x, (1, 1)).flatten(1)),
@@ -64,7 +67,11 @@ HEADS = {
     "reshape": by_shape,
     "whole size": by_whole_size,
     "module": lambda net, x: net.fc(net.flatten(net.avgpool(x))),
+    "dropout": lambda net, x: net.fc(net.drop(torch.flatten(net.avgpool(x), 1))),
+    "functional dropout": functional_dropout,
+    "dropout of nothing": lambda net, x: net.fc(F.dropout(x.mean((2, 3)), p=0.0)),
     "timm": lambda net, x: net.fc(net.pool(x)),
+    "timm with dropout": lambda net, x: net.fc(net.drop(net.pool(x))),
     "timm, not fast": lambda net, x: net.fc(net.average(x)),
 }
 
@@ -112,7 +119,7 @@ def in_place(net, x):
 
 
 OTHERS = {
-    "dropout": lambda net, x: net.fc(net.drop(torch.flatten(net.avgpool(x), 1))),
+    "dropout in eval": lambda net, x: net.fc(F.dropout(x.mean((2, 3)), 0.5)),
     "pooled twice": pooled_twice,
     "flattened twice": flattened_twice,
     "size of another": of_another,
@@ -143,9 +150,10 @@ def test_a_subclass_is_no_linear_layer():
     assert "mean_linear" not in kinds(assert_agrees(model, torch.randn(2, 3, 7, 9)).eval())
 
 
-@pytest.mark.parametrize("watched", ["avgpool", "flatten", "fc", "pool", "pool.pool"])
+@pytest.mark.parametrize("watched", ["avgpool", "flatten", "fc", "pool", "pool.pool", "drop"])
 def test_hooks_see_their_values(watched):
-    model = made(HEADS["timm" if watched.startswith("pool") else "module"]).eval()
+    module_head = watched in ("avgpool", "flatten", "fc")
+    model = made(HEADS["module" if module_head else "timm with dropout"]).eval()
     converted = fastres.convert(model, inplace=False)
     seen = {}
     for name, net in {"eager": model, "ours": converted}.items():
@@ -168,6 +176,22 @@ def test_a_patched_forward_runs():
     with torch.no_grad():
         assert converted(torch.zeros(2, 3, 7, 9)).shape == (2, 8)
     assert reasons(converted)["fc"] == "patched forward of a Linear"
+
+
+def test_a_dropout_in_training_inside_a_model_in_eval_drops():
+    model = made(HEADS["dropout"]).eval()
+    converted = fastres.convert(model, inplace=False)
+    x = torch.randn(2, 3, 7, 9)
+    found = []
+    for net in (model, converted):
+        net.drop.train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found.append(net(x))
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], converted.eval()(x))
+    converted.drop.train()
+    assert "dropout in training mode" in reasons(converted).values()
 
 
 def test_weights_are_never_stale():

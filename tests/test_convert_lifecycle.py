@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import torch
-from converting import assert_same, kinds, randomized, reasons, results, single_threaded, tensors
+from converting import assert_same, kinds, randomized, reasons, results, tensors
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastres
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

@@ -20,13 +20,12 @@ from converting import (
     randomized,
     reasons,
     results,
-    single_threaded,
 )
 from torch import nn
 
 import fastres
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- hooks ---------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ from converting import (
     images,
     kinds,
     reasons,
-    single_threaded,
 )
 from torch import nn
 
 import fastres
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class MyBN(nn.BatchNorm2d):

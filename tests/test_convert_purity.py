@@ -17,13 +17,12 @@ from converting import (
     randomized,
     reasons,
     results,
-    single_threaded,
 )
 from torch import Tensor, nn
 
 import fastres
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- forwards whose trace would not stand for them -----------------------------------------------

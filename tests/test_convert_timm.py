@@ -4,13 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from converting import assert_same, kinds, reasons, results, single_threaded
-from test_convert_torchvision import assert_whole_model_agrees
+from converting import assert_same, assert_whole_model_agrees, kinds, reasons, results
 
 import fastres
 from fastres.compat import import_timm
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 timm = import_timm()
 
@@ -55,9 +54,8 @@ def test_timm_model(name):
             torch.nn.init.ones_(module.weight)
     converted = assert_whole_model_agrees(model, torch.randn(2, 3, 33, 40))
     assert kinds(converted.train()).keys() == SITES[name].keys()
-    # the last layer of one is a convolution, the other has dropout before it
-    without = name in ("resnetv2_50", "densenet121")
-    assert ("mean_linear" in kinds(converted.eval())) != without
+    has_linear = name != "resnetv2_50"  # whose last layer is a convolution
+    assert ("mean_linear" in kinds(converted.eval())) == has_linear
 
 
 def test_what_does_not_fit_is_kept_with_the_reason():

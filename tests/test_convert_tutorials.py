@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from converting import LAYOUTS, assert_agrees, kinds, single_threaded
+from converting import LAYOUTS, assert_agrees, kinds
 from torch import nn
 
 import fastres
 
-one_thread = pytest.fixture(autouse=True)(single_threaded)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(channels: int = 8, size: int = 10) -> torch.Tensor:

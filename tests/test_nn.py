@@ -207,3 +207,15 @@ def test_sync_batch_norm_conversion():
         with Calls() as calls:
             torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)
         assert not calls.made
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": (3, 5)}, {"kernel_size": (1, 3), "dilation": (1, 2)}, {}], ids=str
+)
+def test_padding_keeps_the_size_of_a_map(options):
+    """With pairs too, as ``nn.Conv2d`` takes them."""
+    module = ConvBNReLU(3, 4, **options).eval()
+    images = torch.randn(2, 3, 7, 9)
+    expected = torch.relu(module.bn(module.conv(images)))
+    torch.testing.assert_close(module(images), expected)
+    assert expected.shape == (2, 4, 7, 9)

@@ -15,6 +15,7 @@ import torch
 from learning import Net, write_arrays, write_tree
 
 from fastres import cli
+from fastres.cli.common import UserError
 from fastres.cli.recipe import model_options
 from fastres.training import checkpoint
 
@@ -95,7 +96,7 @@ def test_options_of_models():
     assert model_options(["stem=cifar", "groups=2", "widths=(1, 2)", "plain=True"]) == {
         "stem": "cifar", "groups": 2, "widths": (1, 2), "plain": True,
     }  # fmt: skip
-    with pytest.raises(cli.UserError, match="expected NAME=VALUE, got 'groups'"):
+    with pytest.raises(UserError, match="expected NAME=VALUE, got 'groups'"):
         model_options(["groups"])
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
-from fastres import arguments, ops
+from fastres import arguments, launches, ops
 
 aot = pytest.importorskip("aot", reason="Triton is not installed")
 
-pytestmark = pytest.mark.skipif(ops.TRITON_INTERPRETS, reason="TRITON_INTERPRET is set")
+pytestmark = pytest.mark.skipif(launches.INTERPRETS, reason="TRITON_INTERPRET is set")
 
 # kernels that see activations, as against those that merge a few statistics
 WIDE = {
@@ -24,12 +24,12 @@ WIDE = {
 NARROW = {"finish_moments_kernel", "frozen_moments_kernel", "finish_sums_kernel"}
 
 
-def launches(shape, dtype, layout) -> list:
+def recorded_launches(shape, dtype, layout) -> list:
     """Of every kernel in every form in which a residual network trains and serves."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
     v = torch.empty(shape[1], device="meta", dtype=arguments.accumulation_dtype(dtype))
-    add_relu, add_relu_backward = map(ops._launcher, ("add_relu", "add_relu_backward"))
-    bn_relu, bn_relu_backward = map(ops._launcher, ("bn_relu", "bn_relu_backward"))
+    add_relu, add_relu_backward = map(launches.launcher, ("add_relu", "add_relu_backward"))
+    bn_relu, bn_relu_backward = map(launches.launcher, ("bn_relu", "bn_relu_backward"))
     with aot.recorded() as made:
         add_relu(x, x)
         add_relu_backward(x, x)
@@ -46,7 +46,7 @@ def launches(shape, dtype, layout) -> list:
 def binaries(shape, dtype, layout, architecture) -> list:
     """``(kernel's name, binary)``; equal launches are compiled once."""
     unique = {}
-    for launch in launches(shape, dtype, layout):
+    for launch in recorded_launches(shape, dtype, layout):
         name = launch.kernel.fn.__name__
         present = tuple(argument is not None for argument in launch.arguments)
         unique.setdefault((name, present, str(launch.keywords)), launch)

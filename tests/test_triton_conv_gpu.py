@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from agreement import assert_close, assert_rule, assert_same_bits
 
 import fastres
-from fastres import functional, ops
+from fastres import functional, launches, ops
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(ops.TRITON_INTERPRETS, reason="TRITON_INTERPRET is set"),
+    pytest.mark.skipif(launches.INTERPRETS, reason="TRITON_INTERPRET is set"),
 ]
 
 # N, C, size, K, window, stride, padding, dilation, groups: ResNet-50's, then what others have

@@ -17,22 +17,17 @@ from agreement import (
     spread,
     widened,
 )
-from interpreting import interpreted
 from test_conv_bn_relu import check, operands_for
 from torch import nn
 
 import fastres
 from fastres import functional, ops
 
+pytestmark = pytest.mark.usefixtures("served_by_interpreted_triton")
+
 TRITON = ops.OPERATORS["triton"]
 LAST = "channels_last"
 GEOMETRIES = ("1x1", "1x1 stride 2", "3x3 stride 2", "7x7 stem", "grouped", "uneven")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def served_by_triton():
-    with interpreted(), fastres.backend("triton"):
-        yield
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from agreement import (
     spread,
     widened,
 )
-from interpreting import interpreted
 from test_bn_relu import VARIANTS, check, eager, operands_for, ours
 from torch import nn
 
 import fastres
-from fastres import functional, ops, reference
+from fastres import functional, launches, ops, reference
+
+pytestmark = pytest.mark.usefixtures("served_by_interpreted_triton")
 
 TRITON = ops.OPERATORS["triton"]
 # masked tails on every side, one pixel, one channel, several tiles and segments
@@ -32,12 +33,6 @@ SHAPES = [(2, 3, 5, 7), (1, 1, 1, 5), (7, 19, 1, 1)]
 # two blocks of channels, or a program for each channel
 LARGER = {"contiguous": (5, 4, 11, 13), "channels_last": (5, 70, 11, 13)}
 LAYOUTS = list(LARGER)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def served_by_triton():
-    with interpreted(), fastres.backend("triton"):
-        yield
 
 
 def all_operators_are_tritons(call):
@@ -88,7 +83,7 @@ def test_bn_relu_in_other_dtypes(dtype, mixed, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_segments(monkeypatch, layout):
     """Tall and thin, short and wide, a single large map; merged in several rounds."""
-    launchers = sys.modules[ops._launcher("bn_relu").__module__]
+    launchers = sys.modules[launches.launcher("bn_relu").__module__]
     monkeypatch.setattr(launchers, "_MERGE", {"BLOCK_S": 4, "BLOCK_C": 64})
     for shape in [(9, 3, 41, 43), (49, 301, 1, 1), (1, 2, 131, 137), (40, 5, 7, 7)]:
         check(operands_for(shape, torch.float32, layout, True), training=True)

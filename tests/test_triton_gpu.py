@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from agreement import assert_rule, assert_same_bits, batch_norm_operands
 
 import fastres
-from fastres import functional, ops
+from fastres import functional, launches, ops
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(ops.TRITON_INTERPRETS, reason="TRITON_INTERPRET is set"),
+    pytest.mark.skipif(launches.INTERPRETS, reason="TRITON_INTERPRET is set"),
 ]
 
 # ResNet-50's maps at a large and a small batch, one tall and thin, one short and wide

@@ -16,19 +16,6 @@ import fastres
 from ..compare import ProviderError
 from . import compare, evaluate, info, lesion, summary, table, train
 from .common import UserError
-from .images import MEAN, STD, batches_of, default_images, load_images
-from .model import build_model
-
-__all__ = [
-    "MEAN",
-    "STD",
-    "UserError",
-    "batches_of",
-    "build_model",
-    "default_images",
-    "load_images",
-    "main",
-]
 
 COMMANDS = (info, summary, compare, table, train, evaluate, lesion)
 

@@ -40,6 +40,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(environment: dict) -> str:
-    """The processor and threads of :func:`fastres.compare.environment`, in words."""
+    """The processor and threads of :func:`fastres.environment.environment`, in words."""
     capability, threads = environment["cpu_capability"], environment["threads"]
     return f"{environment['cpu']}, {capability}, {threads} thread{'s' * (threads > 1)}"

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..training.recipes import IMAGENET_MEAN, IMAGENET_STD
 from .common import UserError
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
 def default_images() -> list[Path]:
@@ -39,7 +38,7 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
         transforms.Resize(round(size * 256 / 224)),
         transforms.CenterCrop(size),
         transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ])  # fmt: skip
     images = []
     for file in files:

@@ -5,8 +5,9 @@ import os
 
 import fastres
 
-from .. import compare, ops
+from .. import ops
 from ..backend import ENVIRONMENT_VARIABLE
+from ..environment import environment
 from .common import machine, table
 
 
@@ -16,10 +17,10 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    environment = compare.environment()
-    versions = environment["versions"] | {"fastres": fastres.__version__}
+    found = environment()
+    versions = found["versions"] | {"fastres": fastres.__version__}
     print(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
-    print(f"{machine(environment)}, {environment['platform']}")
+    print(f"{machine(found)}, {found['platform']}")
     print(f"extension: {_build()}")
     print(f"{ENVIRONMENT_VARIABLE}: {os.environ.get(ENVIRONMENT_VARIABLE, 'not set (auto)')}\n")
     rows = [

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import compat, models
+from ..training import TrainingError, checkpoint
 from .common import UserError, did_you_mean
 
 FAMILIES = ("torchvision", "timm", "fastres")
@@ -36,7 +37,10 @@ def build_model(
     except ModuleNotFoundError as error:
         raise UserError(f"MODEL {spec!r}: {error}") from error
     if weights is not None:
-        _load(model, weights)
+        try:
+            checkpoint.load_weights(model, checkpoint.load(weights), weights)
+        except TrainingError as error:
+            raise UserError(f"--weights: {error}") from error
     return model
 
 
@@ -131,18 +135,3 @@ def _known(name: str, names: Sequence[str], where: str) -> str:
     if name not in names:
         raise UserError(f"MODEL: {where} has no {name!r}{did_you_mean(name, names)}")
     return name
-
-
-def _load(model: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"--weights: no such file: {file}")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what the unpickler, zipfile or struct raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--weights: {file} is no file of tensors: {reason}") from error
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--weights: {file} does not fit the model: {reason[:300]}") from error

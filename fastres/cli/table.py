@@ -9,7 +9,8 @@ from torch import nn
 
 import fastres
 
-from .. import compare, models
+from .. import models
+from ..environment import environment
 from ..models import measure
 from .common import UserError, machine, positive, table
 from .model import build_model
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if options.csv and not options.csv.absolute().parent.is_dir():
         raise UserError(f"--csv: no such folder: {options.csv.absolute().parent}")
     rows = [_row(spec, options) for pattern in options.models for spec in _specs(pattern)]
-    print(machine(compare.environment()) + "\n")
+    print(machine(environment()) + "\n")
     header = (
         "model", "input", "maps", "parameters", "multiply-adds", "MB", "eager MB", "ms", "eager ms",
     )  # fmt: skip

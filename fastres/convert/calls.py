@@ -8,7 +8,7 @@ import operator
 
 from torch import Tensor
 
-from .. import branches, ops, sites
+from .. import branches, fusable, ops, sites
 from ..backend import extension_serves
 
 
@@ -57,7 +57,7 @@ def branch(input, links, residual=None, in_place=False):
 
 def _fits(residual, input: Tensor, conv) -> bool:
     """Whether the residual has the shape and dtype of what the convolution gives."""
-    if not isinstance(residual, Tensor) or input.dim() != 4 or sites.why_not_conv(conv):
+    if not isinstance(residual, Tensor) or input.dim() != 4 or fusable.why_not_conv(conv):
         return False
     return sites.fits_convolution(residual, input, conv)
 

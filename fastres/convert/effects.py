@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .. import sites
+from .. import fusable
 from .purity import Refused
 from .swap import is_plain_container, original_class
 from .trace import IN_PLACE_OPERATORS, Trace, traces
@@ -98,7 +98,7 @@ class Effects:
         return self.known[key]
 
     def _look(self, module: nn.Module) -> tuple[bool, bool]:
-        if sites.is_bn(module):
+        if fusable.is_bn(module):
             return False, False
         cls = original_class(module)
         if cls.__module__.startswith("torch.nn.") and not is_plain_container(module):

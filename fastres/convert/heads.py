@@ -1,4 +1,5 @@
-"""The head of a classifier in a traced forward: global average pooling, flattening, a linear layer.
+"""The head of a classifier in a traced forward: global average pooling, flattening, a linear layer,
+and before that a dropout, which is none in eval.
 
 However its author wrote them: modules, ``x.mean((2, 3))``, ``F.adaptive_avg_pool2d(x, 1)``,
 ``torch.flatten(x, 1)``, ``x.view(x.size(0), -1)``. What stands before the linear layer is kept as a
@@ -69,16 +70,16 @@ def ending_in(node: Node, traced: Trace):
     module = traced.module(node)
     if traced.training or module is None or not heads.is_linear(module):
         return
-    pooled, flattening = _unflattened(_argument(node), traced)
+    value, dropping = _undropped(_argument(node), traced)
+    pooled, flattening = _unflattened(value, traced)
     if not isinstance(pooled, Node):
         return
     dimensions = _pooled_dimensions(pooled, traced)
     if dimensions == 0 or (dimensions == 4 and not flattening):
         return
-    users = {*flattening, node} if flattening else {node}
-    if not all(user in users for inner in (pooled, *flattening) for user in inner.users):
+    nodes = [pooled, *flattening, *dropping, node]
+    if not all(set(nodes).issuperset(inner.users) for inner in nodes[:-1]):
         return
-    nodes = [pooled, *flattening, node]
     paths = tuple(each.target for each in nodes if each.op == "call_module")
     yield Head(nodes, pooled.args[0], paths)
 
@@ -87,6 +88,21 @@ def _argument(node: Node) -> Node | None:
     """The only argument of a call."""
     single = len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs
     return node.args[0] if single else None
+
+
+def _undropped(value: Node | None, traced: Trace) -> tuple[Node | None, list[Node]]:
+    """What stands before a dropout that drops nothing, and the dropout; itself if there is none.
+
+    A module's mode is looked at in every call: in a model in eval it may be in training.
+    """
+    if (module := traced.module(value)) is not None:
+        return (_argument(value), [value]) if heads.is_dropout(module) else (value, [])
+    if value is None or value.target is not F.dropout:
+        return value, []
+    before, *positional = value.args
+    given = dict(zip(("p", "training"), positional, strict=False)) | value.kwargs
+    drops = given.get("training", True) and given.get("p", 0.5) != 0
+    return (value, []) if drops else (before, [value])
 
 
 def _unflattened(value: Node | None, traced: Trace) -> tuple[Node | None, list[Node]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .. import sites, stems
+from .. import fusable, stems
 from . import heads
 from .effects import Effects
 from .swap import original_class
@@ -134,21 +134,21 @@ class _Finder:
 
     def is_relu(self, node: Node) -> bool:
         if module := self.traced.module(node):
-            return type(module) is nn.ReLU and not sites.why_not_act(module) and _unary(node)
+            return type(module) is nn.ReLU and not fusable.why_not_act(module) and _unary(node)
         if node.op == "call_function":
             return node.target in _RELU_FUNCTIONS
         return node.op == "call_method" and node.target in _RELU_METHODS
 
     def is_conv(self, node: Node) -> bool:
         module = self.traced.module(node)
-        return isinstance(module, nn.Conv2d) and not sites.why_not_conv(module) and _unary(node)
+        return isinstance(module, nn.Conv2d) and not fusable.why_not_conv(module) and _unary(node)
 
     def is_bn(self, node) -> bool:
         module = self.traced.module(node)
-        return module is not None and sites.is_bn(module) and not self.why_not_bn(node)
+        return module is not None and fusable.is_bn(module) and not self.why_not_bn(node)
 
     def why_not_bn(self, node: Node) -> str:
-        return sites.why_not_bn(self.traced.module(node)) or _why_not_unary(node)
+        return fusable.why_not_bn(self.traced.module(node)) or _why_not_unary(node)
 
     def is_add(self, node) -> bool:
         if not isinstance(node, Node) or len(node.args) != 2 or node.kwargs:
@@ -196,13 +196,13 @@ class _Finder:
         """``conv -> bn -> identities`` and ``bn -> identities`` that end in ``end``."""
         via = []
         while stretch and isinstance(module := self.traced.module(end), nn.Identity):
-            if sites.why_not_via(module) or not _unary(end) or not _used_once(end.args[0]):
+            if fusable.why_not_via(module) or not _unary(end) or not _used_once(end.args[0]):
                 return
             via.insert(0, end)
             end = end.args[0]
         if end in self.taken or not self.is_bn(end):
             return
-        input, has_relu = end.args[0], sites.has_relu(self.traced.module(end))
+        input, has_relu = end.args[0], fusable.has_relu(self.traced.module(end))
         paths = tuple(node.target for node in via)
         conv = self.traced.module(input)
         if isinstance(conv, nn.Conv2d) and not self.why_not_conv(input):
@@ -226,7 +226,7 @@ class _Finder:
         return match
 
     def why_not_conv(self, node: Node) -> str:
-        reason = sites.why_not_conv(self.traced.module(node)) or _why_not_unary(node)
+        reason = fusable.why_not_conv(self.traced.module(node)) or _why_not_unary(node)
         return reason or ("" if _used_once(node) else _SHARED)
 
     # --- safety ----------------------------------------------------------------------------------
@@ -260,12 +260,14 @@ class _Finder:
     def why_alone(self, node: Node) -> str:
         module = self.traced.module(node)
         if isinstance(module, nn.Conv2d):
-            return sites.why_not_conv(module) or _why_not_unary(node)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (module and sites.is_bn(module)):
+            return fusable.why_not_conv(module) or _why_not_unary(node)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+            module and fusable.is_bn(module)
+        ):
             return self.why_not_bn(node) or self.why_bn_alone(node)
         if isinstance(module, nn.ReLU) or (module is None and self.is_relu(node)):
             act = module if module is not None else F.relu
-            return sites.why_not_act(act) or self.why_relu_alone(node)
+            return fusable.why_not_act(act) or self.why_relu_alone(node)
         return ""
 
     def why_bn_alone(self, bn: Node) -> str:
@@ -273,8 +275,8 @@ class _Finder:
             return _SHARED
         user = next(iter(bn.users))
         module = self.traced.module(user)
-        if module is not None and sites.why_not_act(module) and _is_activation(module):
-            return sites.why_not_act(module)
+        if module is not None and fusable.why_not_act(module) and _is_activation(module):
+            return fusable.why_not_act(module)
         return f"neither a convolution before it nor a ReLU behind it, but {self.name(user)}"
 
     def why_relu_alone(self, relu: Node) -> str:

@@ -1,29 +1,18 @@
 """What a converted module runs instead of its author's forward: one generated function per mode."""
 
-import itertools
-import linecache
-import re
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
-from .. import sites, stems
-from ..backend import extension_serves
-from . import calls, heads, match, region
+from . import match, region, rewrite
 from .effects import Effects
-from .program import Name, program_of
-from .purity import Refused, attribute_path, module_path
+from .generate import conditions_of, generated
+from .program import program_of
+from .purity import Refused
 from .swap import is_plain_container, original_class
 from .trace import Trace, trace, traces
-
-_count = itertools.count()
-
-
-_RELU = Name("_relu")
 
 
 @dataclass(frozen=True)
@@ -168,151 +157,17 @@ def _mode(
     alone = {}
     for node, reason in matches.reasons.items():
         alone[node.target if node.op == "call_module" else node.name] = reason
-    replaced: dict[Node, Node] = {}
-    for found in matches.found:
-        replace = _replace_head if isinstance(found, heads.Head) else _replace
-        replace(traced, found, replaced)
+    replaced = rewrite.fuse(traced, matches.found)
     made = tuple(
         Site(m.kind, m.conv, m.bn, m.via, m.act if isinstance(m.act, str) else None, m.pool)
         for m in matches.found
     )
-    program = program_of(traced, {_RELU: F.relu})
+    program = program_of(traced, rewrite.NAMES)
     for chain in matches.chains:  # the program's sites stay apart: a chain is no CPU's
-        _join(traced.graph, [replaced[each.nodes[-1]] for each in chain])
-    run, holds = _generate(module, traced, program, otherwise)
+        rewrite.join(traced.graph, [replaced[each.nodes[-1]] for each in chain])
+    run, holds = generated(module, traced, program, otherwise)
     return Mode(
         run, holds, made, alone, traced.inlined, on_strides=on_strides, rewritten=rewritten,
         random=random, program=None if traced.types else program,
-        condition=holds if _conditions(traced) else None,
+        condition=holds if conditions_of(traced) else None,
     )  # fmt: skip
-
-
-def _replace(traced: Trace, found: match.Match, replaced: dict[Node, Node]) -> None:
-    """Put one fused call in the place of a match's last node."""
-    graph, last = traced.graph, found.nodes[-1]
-    input = replaced.get(found.input, found.input)
-    residual = replaced.get(found.residual, found.residual)
-    with graph.inserting_before(last):
-
-        def get(path: str | None) -> Node | None:
-            return None if path is None else graph.create_node("get_attr", path)
-
-        act = get(found.act) if isinstance(found.act, str) else found.act and _RELU
-        rest = {"via": tuple(get(path) for path in found.via), "in_place": found.in_place}
-        rest = {name: value for name, value in rest.items() if value}
-        bn, added = get(found.bn), residual is not None
-        if bn is None and found.conv is not None:
-            call = graph.call_function(sites.convolve, (input, get(found.conv)))
-        elif bn is None:
-            call = graph.call_function(calls.add_act, (input, residual, act), rest)
-        elif found.conv is None:
-            target = calls.bn_add_act if added else sites.bn_act
-            call = graph.call_function(target, (input, bn, act, residual), rest)
-        elif found.pool is not None:
-            arguments = (input, get(found.conv), bn, act, get(found.pool))
-            call = graph.call_function(stems.conv_bn_act_pool, arguments, rest)
-        else:
-            target = calls.conv_bn_add_act if added else sites.conv_bn_act
-            arguments = (input, get(found.conv), bn, act, residual)
-            call = graph.call_function(target, arguments, rest)
-    _put(graph, call, found, replaced)
-
-
-def _join(graph, sites_calls: list[Node]) -> None:
-    """Put one call of a branch in the place of its sites' last one."""
-    *inner, last = sites_calls
-    links = tuple(_link(call) for call in sites_calls)
-    residual = last.args[4] if len(last.args) > 4 else None
-    in_place = {"in_place": True} if last.kwargs.get("in_place") else {}
-    with graph.inserting_before(last):
-        call = graph.call_function(
-            calls.branch, (sites_calls[0].args[0], links, residual), in_place
-        )
-    last.replace_all_uses_with(call)
-    for each in (last, *reversed(inner)):
-        graph.erase_node(each)
-
-
-def _link(call: Node) -> tuple:
-    """Convolution or None, batch norm, activation and identities of a site's call."""
-    modules = call.args[1:4] if call.target is not sites.bn_act else (None, *call.args[1:3])
-    return *modules, call.kwargs.get("via", ())
-
-
-def _replace_head(traced: Trace, head: heads.Head, replaced: dict[Node, Node]) -> None:
-    graph, input = traced.graph, replaced.get(head.input, head.input)
-    with graph.inserting_before(head.nodes[-1]):
-        *pooling, fc = (graph.create_node("get_attr", path) for path in head.via)
-        call = graph.call_function(head.call(), (input, Name("self"), tuple(pooling), fc))
-    _put(graph, call, head, replaced)
-
-
-def _put(graph, call: Node, found: match.Match | heads.Head, replaced: dict[Node, Node]) -> None:
-    last = found.nodes[-1]
-    replaced[last] = call
-    last.replace_all_uses_with(call)
-    for node in reversed(found.nodes):
-        graph.erase_node(node)
-
-
-def _with_modules_looked_up(body: str, traced: Trace) -> str:
-    """``self._modules['conv1']`` in the place of ``self.conv1``: nn.Module has its sub-modules found
-    by a function in Python, which for a bottleneck's nine took 6.4 us and this 0.2."""
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and node.target in traced.modules:
-            slow, quick = (
-                f"{node.name} = {attribute_path(node.target)}",
-                f"{node.name} = {module_path(node.target)}",
-            )
-            body = re.sub(rf"^(\s+){re.escape(slow)}$", rf"\g<1>{quick}", body, flags=re.MULTILINE)
-    return body
-
-
-def _conditions(traced: Trace) -> list[str]:
-    """What has to hold for a trace, as expressions; ``_expected`` are the guards' values."""
-    conditions = [f"({each}) == _expected[{i}]" for i, each in enumerate(traced.guards)]
-    return conditions + [f"_is_plain_container({attribute_path(p)})" for p in traced.inlined]
-
-
-def _is_as_traced(argument, kind: type) -> bool:
-    """Whether an argument is a tensor or a list of tensors, whichever; what stands for a tensor while
-    somebody traces the model is none."""
-    if kind is list and type(argument) is not list:
-        return False
-    tensors = argument if kind is list else (argument,)
-    return all(type(tensor) is Tensor for tensor in tensors)
-
-
-def _generate(
-    module: nn.Module, traced: Trace, program, otherwise: Callable
-) -> tuple[Callable, Callable]:
-    """The graph as a function of ``self`` and the arguments, and the check it stands behind.
-
-    Where the extension serves, its program takes the function's place.
-    """
-    code = traced.graph.python_code("self")
-    namespace = {
-        **code.globals, **traced.libraries, _RELU: F.relu, "_program": program,
-        "_expected": (*traced.guards.values(),), "_is_plain_container": is_plain_container,
-        "_extension_serves": extension_serves,
-    }  # fmt: skip
-    conditions = _conditions(traced)
-    definition, body = code.src.lstrip().split("\n", 1)
-    source = f"def holds(self):\n    return {' and '.join(conditions) or True}\n\n\n{definition}\n"
-    arguments = definition[definition.index("(") : definition.index(")") + 1]
-    conditions = [f"_is_as_traced({name}, _types[{name!r}])" for name in traced.types]
-    conditions += ["holds(self)"] if _conditions(traced) else []
-    if conditions:
-        namespace |= {"_otherwise": otherwise, "_types": traced.types}
-        namespace["_is_as_traced"] = _is_as_traced
-        source += (
-            f"    if not ({' and '.join(conditions)}):\n        return _otherwise{arguments}\n"
-        )
-    if program is not None:
-        source += f'    if _extension_serves("conv_bn_relu"):\n        return _program{arguments}\n'
-    file = f"<fastres {original_class(module).__name__} {next(_count)}>"
-    source += _with_modules_looked_up(body, traced)
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    exec(compile(source, file, "exec"), namespace)  # noqa: S102
-    weakref.finalize(namespace["forward"], linecache.cache.pop, file, None)
-    return namespace["forward"], namespace["holds"]

@@ -1,6 +1,6 @@
 """A traced forward as a program of the extension's, which runs it without Python's interpreter.
 
-Step by step it does what the generated function does (:mod:`fastres.convert.plan`), and calls the
+Step by step it does what the generated function does (:mod:`fastres.convert.generate`), and calls the
 same Python functions wherever the extension leaves a site to them; ``csrc/program.h`` runs it.
 """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import heads, sites, stems
+from .. import fusable, heads, stems
 from ..backend import serving
 from .plan import Mode, Plan, Site, build
 from .swap import is_candidate, is_converted, original_class, refresh
@@ -109,7 +109,7 @@ class _Summariser:
         return self.rows
 
     def add(self, path: str, kind: str, modules: list[nn.Module], reason: str) -> None:
-        modules = [*modules, *(m.act for m in modules if sites.is_bn(m) and sites.has_relu(m))]
+        modules = [*modules, *(m.act for m in modules if fusable.is_bn(m) and fusable.has_relu(m))]
         self.listed.update(modules)
         served_by = "eager" if reason else self.served_by(kind, modules)
         paths = tuple(self.paths[module] for module in modules)
@@ -160,7 +160,7 @@ class _Summariser:
             else:
                 self.add(path, kind, modules, reason)
                 return
-        if site.conv and (conv_reason := sites.why_not_conv(modules[0])) and not reason:
+        if site.conv and (conv_reason := fusable.why_not_conv(modules[0])) and not reason:
             self.add(path, "conv", modules[:1], conv_reason)
             kind, modules = kind.removeprefix("conv_"), modules[1:]
             if not modules:
@@ -196,16 +196,16 @@ class _Summariser:
 
 
 def _kind(module: nn.Module) -> str:
-    if sites.is_bn(module):
+    if fusable.is_bn(module):
         return "bn"
     return next((kind for kind, cls in _KINDS if isinstance(module, cls)), "")
 
 
 def _why_not(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
-        return sites.why_not_conv(module)
+        return fusable.why_not_conv(module)
     if isinstance(module, nn.Identity):
-        return sites.why_not_via(module)
+        return fusable.why_not_via(module)
     if _kind(module) == "bn":
-        return sites.why_not_bn(module)
-    return sites.why_not_act(module)
+        return fusable.why_not_bn(module)
+    return fusable.why_not_act(module)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .. import sites
+from .. import fusable
 from . import layout
 
 _lock = threading.Lock()
@@ -162,7 +162,7 @@ def is_candidate(module: nn.Module) -> bool:
         return False
     if cls.__module__.startswith("torch.nn."):
         return cls is nn.Sequential
-    return not (cls.__module__.startswith("fastres.") or sites.is_bn(module))
+    return not (cls.__module__.startswith("fastres.") or fusable.is_bn(module))
 
 
 def is_plain_container(module: nn.Module) -> bool:

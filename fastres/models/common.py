@@ -1,4 +1,6 @@
-"""What the families share: stems, initialisation, depths."""
+"""What the families share: stems, initialisation, depths, errors about choices."""
+
+from collections.abc import Collection
 
 from torch import nn
 
@@ -7,21 +9,24 @@ from ..nn import BasicBlock, Bottleneck
 STEMS = ("imagenet", "cifar")
 
 
-def _known(stem: str) -> str:
-    if stem not in STEMS:
-        raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
-    return stem
+def check_choice(argument: str, value, choices: Collection) -> None:
+    """Raise ``ValueError`` where ``value`` is none of ``choices``."""
+    if value not in choices:
+        expected = ", ".join(map(str, choices))
+        raise ValueError(f"{argument}: expected one of {expected}, got {value!r}")
 
 
 def stem_convolution(stem: str, in_channels: int, planes: int) -> nn.Conv2d:
     """7x7 at stride 2 for ImageNet, 3x3 at stride 1 for CIFAR."""
-    kernel, stride = (7, 2) if _known(stem) == "imagenet" else (3, 1)
+    check_choice("stem", stem, STEMS)
+    kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
     return nn.Conv2d(in_channels, planes, kernel, stride, kernel // 2, bias=False)
 
 
 def stem_pooling(stem: str) -> nn.Module | None:
     """3x3 at stride 2 for ImageNet, none for CIFAR."""
-    return nn.MaxPool2d(3, stride=2, padding=1) if _known(stem) == "imagenet" else None
+    check_choice("stem", stem, STEMS)
+    return nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else None
 
 
 def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import heads, sites
 from ..backend import serving
 from ..memory_format import fastest
-from .common import stem_convolution, stem_pooling
+from .common import check_choice, stem_convolution, stem_pooling
 from .registry import register_depths
 
 
@@ -192,9 +192,7 @@ _CONFIGURATIONS = {
 
 def densenet(depth: int = 121, **options) -> DenseNet:
     """DenseNet of 121, 161, 169 or 201 layers. Options as :class:`DenseNet`'s."""
-    if depth not in _CONFIGURATIONS:
-        expected = ", ".join(map(str, _CONFIGURATIONS))
-        raise ValueError(f"depth: expected one of {expected}, got {depth!r}")
+    check_choice("depth", depth, _CONFIGURATIONS)
     return DenseNet(**(_CONFIGURATIONS[depth] | options))
 
 

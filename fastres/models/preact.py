@@ -14,7 +14,7 @@ from ..branches import Link, run_links
 from ..memory_format import fastest
 from ..nn import conv1x1, conv3x3
 from ..residual import Residual
-from .common import blocks_of_depth, initialise, stem_convolution, stem_pooling
+from .common import blocks_of_depth, check_choice, initialise, stem_convolution, stem_pooling
 from .registry import register_depths
 from .shortcuts import PaddedIdentity
 
@@ -22,8 +22,7 @@ SHORTCUTS = ("A", "B", "C")
 
 
 def _shortcut(kind: str, inplanes: int, planes: int, stride: int) -> nn.Module | None:
-    if kind not in SHORTCUTS:
-        raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {kind!r}")
+    check_choice("shortcut", kind, SHORTCUTS)
     agree = stride == 1 and inplanes == planes
     if agree and kind != "C":
         return None
@@ -173,8 +172,7 @@ _CIFAR = {"num_classes": 10, "stem": "cifar", "widths": (16, 32, 64)}
 
 def resnetv2(depth: int = 50, **options) -> PreActResNet:
     """ResNet v2 for ImageNet, of 50, 101 or 152 layers. Options as :class:`PreActResNet`'s."""
-    if depth not in _LAYERS:
-        raise ValueError(f"depth: expected one of {', '.join(map(str, _LAYERS))}, got {depth!r}")
+    check_choice("depth", depth, _LAYERS)
     return PreActResNet(PreActBottleneck, _LAYERS[depth], **options)
 
 

@@ -5,7 +5,7 @@ A name such as ``resnext50_32x4d`` has depth, cardinality and width of a path.
 """
 
 from ..nn import Bottleneck
-from .common import blocks_of_depth
+from .common import blocks_of_depth, check_choice
 from .registry import register
 from .resnet import ResNet
 
@@ -18,8 +18,7 @@ def resnext(depth: int = 50, cardinality: int = 32, width: int = 4, **options) -
 
     ``cardinality`` is the number of paths of a block, ``width`` a path's channels in stage 1.
     """
-    if depth not in _LAYERS:
-        raise ValueError(f"depth: expected one of {', '.join(map(str, _LAYERS))}, got {depth!r}")
+    check_choice("depth", depth, _LAYERS)
     return ResNet(Bottleneck, _LAYERS[depth], groups=cardinality, width_per_group=width, **options)
 
 
@@ -30,22 +29,27 @@ def cifar_resnext(depth: int = 29, cardinality: int = 8, width: int = 64, **opti
 
 
 def resnext50_32x4d(**options) -> ResNet:
+    """ResNeXt-50, 32 paths of 4 channels. Options as :func:`resnext`'s."""
     return resnext(50, **({"cardinality": 32, "width": 4} | options))
 
 
 def resnext101_32x8d(**options) -> ResNet:
+    """ResNeXt-101, 32 paths of 8 channels. Options as :func:`resnext`'s."""
     return resnext(101, **({"cardinality": 32, "width": 8} | options))
 
 
 def resnext101_64x4d(**options) -> ResNet:
+    """ResNeXt-101, 64 paths of 4 channels. Options as :func:`resnext`'s."""
     return resnext(101, **({"cardinality": 64, "width": 4} | options))
 
 
 def cifar_resnext29_8x64d(**options) -> ResNet:
+    """ResNeXt-29, 8 paths of 64 channels. Options as :func:`cifar_resnext`'s."""
     return cifar_resnext(29, **({"cardinality": 8, "width": 64} | options))
 
 
 def cifar_resnext29_16x64d(**options) -> ResNet:
+    """ResNeXt-29, 16 paths of 64 channels. Options as :func:`cifar_resnext`'s."""
     return cifar_resnext(29, **({"cardinality": 16, "width": 64} | options))
 
 

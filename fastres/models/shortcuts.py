@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..memory_format import has_channels_last_strides
 from ..nn import conv1x1
 from ..residual import Weighing
+from .common import check_choice
 
 
 class PaddedIdentity(nn.Module):
@@ -86,8 +87,7 @@ def make_shortcut(
     kind: str, inplanes: int, planes: int, stride: int, norm_layer: Callable
 ) -> nn.Module | None:
     """The shortcut of a block from ``inplanes`` to ``planes`` channels; None is the identity."""
-    if kind not in SHORTCUTS:
-        raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {kind!r}")
+    check_choice("shortcut", kind, SHORTCUTS)
     if stride == 1 and inplanes == planes:
         return _WHERE_SHAPES_AGREE[kind](planes, norm_layer)
     if kind == "none":

@@ -5,7 +5,7 @@ the channels inside; for CIFAR, pre-activation blocks with ``width`` times the c
 """
 
 from ..nn import Bottleneck
-from .common import blocks_of_depth
+from .common import blocks_of_depth, check_choice
 from .preact import PreActBlock, PreActResNet
 from .registry import register
 from .resnet import ResNet
@@ -15,8 +15,7 @@ _LAYERS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
 
 def wide_resnet(depth: int = 50, width: int = 2, **options) -> ResNet:
     """Wide ResNet for ImageNet, of 50 or 101 layers. Options as :class:`ResNet`'s."""
-    if depth not in _LAYERS:
-        raise ValueError(f"depth: expected one of {', '.join(map(str, _LAYERS))}, got {depth!r}")
+    check_choice("depth", depth, _LAYERS)
     return ResNet(Bottleneck, _LAYERS[depth], width_per_group=64 * width, **options)
 
 
@@ -30,18 +29,22 @@ def cifar_wide_resnet(depth: int = 28, width: int = 10, **options) -> PreActResN
 
 
 def wide_resnet50_2(**options) -> ResNet:
+    """ResNet-50, twice as wide inside. Options as :func:`wide_resnet`'s."""
     return wide_resnet(50, **({"width": 2} | options))
 
 
 def wide_resnet101_2(**options) -> ResNet:
+    """ResNet-101, twice as wide inside. Options as :func:`wide_resnet`'s."""
     return wide_resnet(101, **({"width": 2} | options))
 
 
 def cifar_wide_resnet28_10(**options) -> PreActResNet:
+    """WRN-28-10. Options as :func:`cifar_wide_resnet`'s."""
     return cifar_wide_resnet(28, **({"width": 10} | options))
 
 
 def cifar_wide_resnet40_4(**options) -> PreActResNet:
+    """WRN-40-4. Options as :func:`cifar_wide_resnet`'s."""
     return cifar_wide_resnet(40, **({"width": 4} | options))
 
 

@@ -47,10 +47,7 @@ def load(file: Path) -> dict:
     if not file.is_file():
         raise TrainingError(f"checkpoint: no such file: {file}")
     try:
-        if zipfile.is_zipfile(file):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(file) as archive:
-                if damaged := archive.testzip():
-                    raise TrainingError(f"checkpoint: {file} is damaged: checksum of {damaged}")
+        _check_sums(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except TrainingError:
         raise
@@ -62,6 +59,15 @@ def load(file: Path) -> dict:
     if state.get("format", FORMAT) != FORMAT:
         raise TrainingError(f"checkpoint: {file} is of format {state['format']}, not {FORMAT}")
     return state
+
+
+def _check_sums(file: Path) -> None:
+    """The archive's checksums, which torch.load does not look at."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise TrainingError(f"checkpoint: {file} is damaged: checksum of {damaged}")
 
 
 def load_weights(model: torch.nn.Module, weights: dict, file: Path) -> None:

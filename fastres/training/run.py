@@ -108,17 +108,21 @@ class Run:
 
     def _run_epoch(self) -> None:
         self.batches.epoch, self.batches.start = self.epoch, self.batch
-        with self._progress() as bar:
-            if self.iteration < self.iterations:
-                for batch in self.train_loader:
-                    self._step(batch)
-                    self._show(bar, len(batch))
-                    self._stop_if_asked()
-                    if self.iteration == self.iterations:
-                        break
+        if self.iteration < self.iterations:
+            with self._progress() as bar:
+                self._run_steps(bar)
         self._flush()
         self._finish_epoch()
         self._save()
+
+    def _run_steps(self, bar) -> None:
+        """To the end of the epoch, or of the run."""
+        for batch in self.train_loader:
+            self._step(batch)
+            self._show(bar, len(batch))
+            self._stop_if_asked()
+            if self.iteration == self.iterations:
+                return
 
     def _step(self, batch: Batch) -> None:
         batch.check(self.settings.strict)
