@@ -23,6 +23,7 @@ struct Known {
   PyObject* const identity = keep("torch.nn", "Identity");
   PyObject* const linear = keep("torch.nn", "Linear");
   PyObject* const flatten = keep("torch.nn", "Flatten");
+  PyObject* const dropout = keep("torch.nn", "Dropout");
   PyObject* const mean_pool = keep("torch.nn", "AdaptiveAvgPool2d");
   PyObject* const max_pool = keep("torch.nn", "MaxPool2d");
   PyObject* const functional_relu = keep("torch.nn.functional", "relu");
@@ -142,7 +143,8 @@ bool is_timm_pool(PyObject* module, const char* name) {
          type.attr("__module__").cast<std::string>() == "timm.layers.adaptive_avgmax_pool";
 }
 
-// A global average pooling, or a flattening of what it gives; see fastres/heads.py.
+// A global average pooling, a flattening of what it gives, or a dropout that drops nothing; see
+// fastres/heads.py.
 void require_pooling(PyObject* module) {
   if (is_timm_pool(module, "SelectAdaptivePool2d")) {
     const Plain pool(module);
@@ -159,7 +161,10 @@ void require_pooling(PyObject* module) {
     require(pair_of(pool.get(known().dim)) == cpu::Pair{2, 3});
     return;
   }
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) == known().flatten) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) == known().dropout) {
+    const Plain dropout(module, known().dropout);
+    require(!bool_of(dropout.get(known().training)));
+  } else if (reinterpret_cast<PyObject*>(Py_TYPE(module)) == known().flatten) {
     const Plain flatten(module, known().flatten);
     require(int_of(flatten.get(known().start_dim)) == 1);
     require(int_of(flatten.get(known().end_dim)) == -1);
