@@ -292,7 +292,7 @@ def _generate(
     """
     code = traced.graph.python_code("self")
     namespace = {
-        **code.globals, **traced.libraries, _RELU: F.relu, "_program": program,
+        **code.globals, **traced.libraries, str(_RELU): F.relu, "_program": program,
         "_expected": (*traced.guards.values(),), "_is_plain_container": is_plain_container,
         "_extension_serves": extension_serves,
     }  # fmt: skip
