@@ -132,8 +132,8 @@ def _convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation,
         )
     if weight.shape[1] * groups != channels:
         raise RuntimeError(
-            f"weight: expected {channels // groups} channels a filter for input "
-            f"{_shape(input)} with groups={groups}, got {_shape(weight)}"
+            f"input: expected {weight.shape[1] * groups} channels for weight {_shape(weight)} "
+            f"with groups={groups}, got {_shape(input)}"
         )
     _same_device("weight", weight, input.device)
     if bias is not None:

@@ -269,6 +269,14 @@ def test_summary_prints_what_the_library_says(capsys, here):
     assert out.strip() == str(fastres.summary(fastres.convert(tiny()))).strip()
 
 
+def test_help_says_what_an_exit_status_means(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert "1 fastres disagrees with eager, 2 wrong use" in " ".join(out.split())
+    assert "``" not in out
+
+
 def test_python_m_fastres():
     shown = subprocess.run(
         [sys.executable, "-m", "fastres", "--version"], capture_output=True, text=True, check=True

@@ -279,3 +279,25 @@ def test_compiled_autograd():
     with torch._dynamo.compiled_autograd._enable(compiler):
         ours = everything(net, run, x)
     assert_like_eager(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+class Written(nn.Module):
+    """As tutorials write it: the forward calls ReLU and pooling through ``F``."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, images):
+        features = F.relu(self.bn(self.conv(images)))
+        return F.avg_pool2d(features, 4)
+
+
+def test_forwards_that_call_functions_in_one_graph():
+    # Dynamo compared the names of the generated forward's globals with plain strings.
+    torch.manual_seed(0)
+    model, images = fastres.convert(Written()).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(images)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(compiled, expected)

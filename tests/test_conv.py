@@ -342,6 +342,18 @@ def test_refusals():
         ops.extension.conv_by("polyphase_plain", input, weight, None, 2, 1, 1)  # four channels
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("k, c, filter", [(24, 16, 1), (24, 1, 3), (1, 16, 3), (64, 64, 3)])
+def test_gradient_in_the_strides_of_the_weight(k, c, filter, memory_format):
+    """Also where a dimension has one element: DistributedDataParallel compares them."""
+    weight = torch.randn(k, c, filter, filter).to(memory_format=memory_format)
+    input = torch.randn(2, c, 14, 14).to(memory_format=torch.channels_last)
+    grad = torch.randn(2, k, 14, 14).to(memory_format=torch.channels_last)
+    geometry = [1, 1], [filter // 2] * 2, [1, 1], 1
+    for mask in ([True, False], [True, True]):
+        assert ops.conv_wgrad(grad, input, weight, *geometry, mask)[0].stride() == weight.stride()
+
+
 def test_conv_operators_pass_opcheck():
     input, weight, bias = operands((2, 16, 8, 8, 16, 3, 1, 1, 1))
     geometry = ([1, 1], [1, 1], [1, 1], 1)

@@ -92,7 +92,7 @@ def test_empty_batch_and_mistakes(implementation):
     given = arguments(*CASES["stem"])
     empty = [given[0][:0], *given[1:]]
     assert functional.conv_bn_relu_pool(*empty).shape == (0, 64, 16, 14)
-    with pytest.raises((RuntimeError, ValueError), match="^weight: expected"):
+    with pytest.raises((RuntimeError, ValueError), match="^input: expected 2 channels"):
         functional.conv_bn_relu_pool(given[0], given[1][:, :2], *given[2:])
     with pytest.raises(RuntimeError, match="pad"):
         functional.conv_bn_relu_pool(*given[:-1], 2)

@@ -48,6 +48,9 @@ def train(capsys, data, out, *arguments, model="learning:Net"):
 def test_trained_evaluated_and_gone_on(capsys, data, tmp_path):
     status, out, _ = train(capsys, data, tmp_path / "run", "--epochs", 8, "--compare", "eager")
     assert status == 0 and "test accuracy" in out and "peak MiB of a step" in out
+    saved = re.search(r"^saved to .*/run: (.*)$", out, re.MULTILINE)[1].split(", ")
+    written = {file.name for file in (tmp_path / "run").iterdir() if file.is_file()}
+    assert set(saved) == written
     with open(tmp_path / "run" / "metrics.csv", newline="") as stream:
         last = {row["model"]: row for row in csv.DictReader(stream)}
     assert set(last) == {"fastres", "eager"} and len(last["fastres"]) == 11

@@ -135,7 +135,11 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
     return t.defined() ? t.to(weight.scalar_type()) : weight.new_empty({0});
   };
   if (!output_mask[0]) return {narrow(grad_weight), narrow(grad_bias)};
-  return {narrow(grad_weight).contiguous(output_format(weight)), narrow(grad_bias)};
+  const auto grad = narrow(grad_weight).contiguous(output_format(weight));
+  // Dimensions of one element may have any stride. DistributedDataParallel asks for the weight's.
+  if (weight.is_contiguous(output_format(weight)))
+    grad.as_strided_(weight.sizes(), weight.strides());
+  return {grad, narrow(grad_bias)};
 }
 
 at::Tensor conv_wgrad_by(const std::string& algorithm, const at::Tensor& grad_output,

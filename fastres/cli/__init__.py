@@ -51,7 +51,8 @@ def _reader_has_gone() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastres", description=__doc__.splitlines()[0])
+    what, status = __doc__.replace("``", "").strip().split("\n\n")
+    parser = argparse.ArgumentParser(prog="fastres", description=what, epilog=status)
     parser.add_argument("--version", action="version", version=f"fastres {fastres.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

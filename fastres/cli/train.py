@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..training import RECIPES, Interrupted, Recipe, Run, Settings, TrainingError, open_data
 from ..training.distributed import Ranks, joined
+from ..training.run import CHECKPOINT
 from .common import MODEL_HELP, UserError, table
 from .model import build_classifier
 from .recipe import (
@@ -102,4 +103,5 @@ def _report(rows: list[dict], folder: Path) -> str:
         header.append("peak MiB of a step")
         for row, line in zip(rows, lines, strict=True):
             line.append(f"{row['peak_bytes'] / 2**20:.1f}")
-    return f"{table(header, lines)}\nsaved to {folder}: metrics.csv, steps.csv, curves.png"
+    files = f"metrics.csv, steps.csv, curves.png, {CHECKPOINT}"
+    return f"{table(header, lines)}\nsaved to {folder}: {files}"

@@ -13,7 +13,8 @@ from .program import Name
 from .trace import Trace
 
 _RELU = Name("_relu")
-NAMES = {_RELU: F.relu}  # what the names that are written into a graph stand for
+# what the names written into a graph stand for, by plain strings: Dynamo compares them with those
+NAMES = {str(_RELU): F.relu}
 
 
 def fuse(traced: Trace, found: Sequence[Match | Head]) -> dict[Node, Node]:
