@@ -117,15 +117,12 @@ template <typename T>
 void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& c,
              ConvAlgorithm algorithm, bool relu, const MaxPool* pool, const at::Tensor& y) {
   const auto shape = shape_of(x, c.weight, c.geometry);
-  // Where the output takes the residual's place, nothing can be computed a second time.
-  const bool in_place = given(residual) && residual->is_same(y);
+  // Filters are looked at beside the work, but beforehand where bands leave no place for that and
+  // where the output takes the residual's place: then nothing can be computed a second time.
+  const bool beforehand = pool != nullptr || (given(residual) && residual->is_same(y));
   const auto run = [&](ConvAlgorithm with) {
-    for (;;) {
+    for (;; forget_folded(c)) {
       const auto folded = folded_conv(c, x.sizes(), with);
-      if (in_place && folded.unchecked && !folded.unchecked->match(c.weight)) {
-        forget_folded(c);
-        continue;
-      }
       const ConvOperands<T> operands{x.const_data_ptr<T>(),
                                      folded.weight.const_data_ptr<float>(),
                                      folded.bias.const_data_ptr<float>(),
@@ -134,14 +131,16 @@ void run_own(const at::Tensor& x, const OptionalTensor& residual, const ConvBn& 
                                      relu};
       std::atomic<bool> stale{false};
       const auto look = [&](Range filters) {
-        if (in_place || !folded.unchecked) return;
-        if (!folded.unchecked->match(c.weight, filters)) stale = true;
+        if (folded.unchecked && !folded.unchecked->match(c.weight, filters)) stale = true;
       };
-      if (pool != nullptr) look({0, shape.k});
-      const bool finite = pool == nullptr ? run_conv<T>(shape, with, operands, look)
+      if (beforehand) look({0, shape.k});
+      if (stale) continue;
+      const auto beside = [&](Range filters) {
+        if (!beforehand) look(filters);
+      };
+      const bool finite = pool == nullptr ? run_conv<T>(shape, with, operands, beside)
                                           : run_pooled_conv<T>(shape, with, operands, *pool);
       if (!stale) return finite;
-      forget_folded(c);
     }
   };
   if (!run(algorithm)) run(ConvAlgorithm::kDirect);
