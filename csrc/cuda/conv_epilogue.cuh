@@ -19,168 +19,245 @@ __device__ inline char* place_in(char* half, int row, int column) {
   return half + column / 64 * 8192 + row * 128 + (column % 64 * 2 ^ (row & 7) << 4);
 }
 
-// Statistics of a tile's strips of 16 rows: means and sums of squares, or sums of g and g * x.
+// What a thread of the epilogue has to know of its columns, in shared memory before it begins.
+// kApply, of a pair of filters: scale, scale, shift, shift. kMask, of one: mean, scale and shift of
+// the batch norm behind.
+constexpr int kMostColumns = 128;
+
+template <Epilogue kEpilogue, int kTileK>
+constexpr int kColumns = kEpilogue == Epilogue::kApply  ? kTileK / 2
+                         : kEpilogue == Epilogue::kMask ? kTileK
+                                                        : 0;
+
+__device__ inline float2 pair_of(const float* vector, int k, float otherwise) {
+  return vector ? *reinterpret_cast<const float2*>(vector + k) : float2{otherwise, otherwise};
+}
+
+// Entry `i` for the tile that begins with `filter`, of `filters`: from global memory.
+template <Epilogue kEpilogue, int kTileK>
+__device__ float4 column_of(const ConvEpilogue& e, int filter, int filters, int i) {
+  const int k = filter + (kEpilogue == Epilogue::kApply ? 2 * i : i);
+  if (i >= kColumns<kEpilogue, kTileK> || k >= filters) return {};
+  if constexpr (kEpilogue == Epilogue::kApply) {
+    const float2 scale = pair_of(e.scale, k, 1), shift = pair_of(e.shift, k, 0);
+    return {scale.x, scale.y, shift.x, shift.y};
+  }
+  const Coefficients<float> behind = coefficients(e.behind, k);
+  return {behind.mean, behind.scale, behind.shift, 0};
+}
+
+// Sums of parts of a tile's rows: of kMoments about its first row, the pivot, of kMask of g and of
+// g * (x - mean). A tile of 256 filters, which is never masked, has two parts at most.
 template <int kTileK>
-struct StripSums {
-  float first[8][kTileK], second[8][kTileK];
+struct TileSums {
+  static constexpr int kParts = kTileK == 256 ? 2 : 8;
+
+  float first[kParts][kTileK], second[kParts][kTileK], pivot[kTileK];
 };
 
-// A warp's 16 rows.
-struct Strip {
-  int number;  // in the tile
-  int column;  // the first, in the tile
-  int filter;  // that column's
-  int rows;    // that exist
-  int lane;
-
-  __device__ Strip(const ConvShape& shape, const ConvTiles& tiles, int tile, int number, int column)
-      : number(number),
-        column(column),
-        filter(tiles.filter(tile) + column),
-        lane(threadIdx.x % 32) {
-    const int64_t left = shape.pixels() - tiles.pixel(tile) - number * 16;
-    rows = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+// A warp's 16 rows of the tile, from `column` on, and where they lie in shared memory.
+class Strip {
+ public:
+  __device__ Strip(int number, int column, int64_t rows_of_tile, char* half)
+      : number(number), column_(column), lane_(threadIdx.x % 32) {
+    const int64_t left = rows_of_tile - number * 16;
+    rows_ = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+    turn_ = lane_ / 4 ^ column / 8 % 8;
+    place_ = half + column / 64 * 8192 + (number % 4 * 16 + lane_ / 4) * 128 + lane_ % 4 * 4;
   }
 
-  __device__ bool has(int h) const { return lane / 4 + 8 * h < rows; }
-  __device__ int row(int h) const { return number % 4 * 16 + lane / 4 + 8 * h; }  // in its half
+  const int number;
+
+  // Whether row lane / 4 + 8h exists.
+  __device__ bool has(int h) const { return lane_ / 4 + 8 * h < rows_; }
+
+  // This thread's pair of columns 8j + lane % 4 * 2 in that row: place_in(), cheap in a loop. The
+  // columns of a strip are one box's, or whole boxes.
+  template <typename T>
+  __device__ T* at(int j, int h) const {
+    return reinterpret_cast<T*>(place_ + j / 8 * 8192 + h * 1024 + ((j % 8 ^ turn_) << 4));
+  }
+
+  // The first of that pair, in the tile.
+  __device__ int column(int j) const { return column_ + 8 * j + lane_ % 4 * 2; }
+
+  // Sums over the strip's rows. A thread keeps half of its columns, adds what its partner has of
+  // them and gives away the others, three times: it ends with N / 8 of N columns.
+  template <int N>
+  __device__ void sum_rows(float (&value)[N]) const {
+    keep_half<N / 2>(value, 16);
+    keep_half<N / 4>(value, 8);
+    keep_half<N / 8>(value, 4);
+  }
+
+  // Writes what sum_rows() left.
+  template <int N>
+  __device__ void put_sums(const float (&value)[N], float* to) const {
+#pragma unroll
+    for (int i = 0; i < N / 8; ++i) {
+      const int kept = lane_ / 4 * (N / 8) + i;
+      to[column(kept / 2) + kept % 2] = value[i];
+    }
+  }
+
+ private:
+  template <int HALF, int N>
+  __device__ void keep_half(float (&value)[N], int lanes) const {
+    const bool upper = lane_ & lanes;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      const float low = value[i], high = value[i + HALF];
+      value[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, lanes);
+    }
+  }
+
+  int column_, lane_, rows_, turn_;
+  char* place_;
 };
 
-// The sum over a strip's rows of what each of its threads has of a column.
-__device__ inline float over_rows(float value) {
-#pragma unroll
-  for (int lanes = 4; lanes < 32; lanes *= 2) value += __shfl_xor_sync(~0u, value, lanes);
-  return value;
+// max(x, least); NaN stays.
+__device__ inline float at_least(float x, float least) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(least));
+  return x;
+#else
+  return x < least ? least : x;
+#endif
 }
 
-__device__ inline float2 pair_of(const float* vector, int k, int filters, float otherwise) {
-  if (vector == nullptr || k >= filters) return {otherwise, otherwise};
-  return *reinterpret_cast<const float2*>(vector + k);
-}
-
-// Moments of a strip: about their own mean, so nothing cancels.
-template <int HALF>
-__device__ void strip_moments(const float (&y)[HALF], float* mean, float* squares, const Strip& s) {
-#pragma unroll
-  for (int j = 0; j < HALF / 2; ++j) {
-    const float top = y[j / 2 * 4 + j % 2], bottom = y[j / 2 * 4 + j % 2 + 2];
-    const float sum = over_rows((s.has(0) ? top : 0) + (s.has(1) ? bottom : 0));
-    const float centre = sum / float(s.rows > 0 ? s.rows : 1);
-    const float a = s.has(0) ? top - centre : 0, b = s.has(1) ? bottom - centre : 0;
-    const float square = over_rows(a * a + b * b);
-    const int column = s.column + j / 2 * 8 + s.lane % 4 * 2 + j % 2;
-    if (s.lane < 4) mean[column] = centre, squares[column] = square;
-  }
-}
-
-// g and g * (x - mean) of two rows of a column, summed over the strip.
-__device__ inline void strip_sums(const float (&g)[2], const float (&gx)[2], float* sums_g,
-                                  float* sums_gx, int column, const Strip& s) {
-  const float sum_g = over_rows((s.has(0) ? g[0] : 0) + (s.has(1) ? g[1] : 0));
-  const float sum_gx = over_rows((s.has(0) ? gx[0] : 0) + (s.has(1) ? gx[1] : 0));
-  if (s.lane < 4) sums_g[column] = sum_g, sums_gx[column] = sum_gx;
-}
-
-// kApply and kMoments, of a strip: from its sums to the half of the tile where the residual, if
-// there is one, lies already.
-template <typename T, Epilogue kEpilogue, int HALF, int kTileK>
-__device__ void apply(float (&sum)[HALF], const ConvEpilogue& e, bool residual, const Strip& s,
-                      int filters, char* half, StripSums<kTileK>& strips) {
+// kApply, of a strip: to where the residual, if there is one, lies already.
+template <typename T, int HALF>
+__device__ void apply(const float (&sum)[HALF], const float4* columns, bool residual, bool relu,
+                      const Strip& s) {
+  const float least = relu ? 0 : -INFINITY;
 #pragma unroll
   for (int j = 0; j < HALF / 4; ++j) {
-    const int offset = 8 * j + s.lane % 4 * 2, k = s.filter + offset;
-    float2 scale = {1, 1}, shift = {0, 0};
-    if (kEpilogue == Epilogue::kApply) {
-      scale = pair_of(e.scale, k, filters, 1);
-      shift = pair_of(e.shift, k, filters, 0);
-    }
+    const float4 k = columns[s.column(j) / 2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float &left = sum[4 * j + 2 * h], &right = sum[4 * j + 2 * h + 1];
-      T* at = reinterpret_cast<T*>(place_in(half, s.row(h), s.column + offset));
-      if (kEpilogue == Epilogue::kApply) {
-        left = fmaf(left, scale.x, shift.x);
-        right = fmaf(right, scale.y, shift.y);
-        if (residual) {
-          const auto skip = load<2>(at);
-          left += widen(skip.value[0]);
-          right += widen(skip.value[1]);
-        }
-        if (e.relu && left <= 0) left = 0;  // NaN stays
-        if (e.relu && right <= 0) right = 0;
+      float left = fmaf(sum[4 * j + 2 * h], k.x, k.z);
+      float right = fmaf(sum[4 * j + 2 * h + 1], k.y, k.w);
+      if (residual) {
+        const auto skip = load<2>(s.at<T>(j, h));
+        left += widen(skip.value[0]);
+        right += widen(skip.value[1]);
       }
       Pack<T, 2> y;
-      narrow(left, y.value[0]);
-      narrow(right, y.value[1]);
-      store<2>(at, y);
-      if (kEpilogue == Epilogue::kMoments) left = widen(y.value[0]), right = widen(y.value[1]);
+      narrow(at_least(left, least), y.value[0]);
+      narrow(at_least(right, least), y.value[1]);
+      store<2>(s.at<T>(j, h), y);
     }
   }
-  if (kEpilogue == Epilogue::kMoments) {
-    strip_moments(sum, strips.first[s.number], strips.second[s.number], s);
+}
+
+// kMoments, of a strip.
+template <typename T, int HALF>
+__device__ void put(const float (&sum)[HALF], const Strip& s) {
+#pragma unroll
+  for (int j = 0; j < HALF / 4; ++j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Pack<T, 2> y;
+      narrow(sum[4 * j + 2 * h], y.value[0]);
+      narrow(sum[4 * j + 2 * h + 1], y.value[1]);
+      store<2>(s.at<T>(j, h), y);
+    }
+  }
+}
+
+// Then, of the tile's `rows`, by 256 threads: each sums up some rows of a pair of columns, about
+// the tile's first row. Since that is one of the n rows, n * (mean - pivot)^2 is at most n times the
+// squares: little cancels, see bn_relu.cuh.
+template <typename T, int kTileK>
+__device__ void sum_moments(char (&output)[2][kHalfBytes<kTileK>], int rows,
+                            TileSums<kTileK>& sums, int thread) {
+  constexpr int kPairs = kTileK / 2, kRows = kTileK / 4;  // of a part
+  const int column = thread % kPairs * 2, part = thread / kPairs;
+  const auto pivot = load<2>(reinterpret_cast<const T*>(place_in(output[0], 0, column)));
+  float about[2] = {widen(pivot.value[0]), widen(pivot.value[1])};
+  for (float& a : about) a = fabsf(a) < INFINITY ? a : 0;  // else y - a would be NaN
+  float sum[2] = {}, squares[2] = {};
+  char* half = output[part * kRows / 64] + part * kRows % 64 * 128;
+  const auto add = [&](int row) {
+    const auto y = load<2>(reinterpret_cast<const T*>(place_in(half, row, column)));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float distance = widen(y.value[i]) - about[i];
+      sum[i] += distance;
+      squares[i] = fmaf(distance, distance, squares[i]);
+    }
+  };
+  const int left = rows - part * kRows, end = left < kRows ? left : kRows;
+  int row = 0;
+  for (; row + 8 <= end; row += 8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) add(row + i);
+  }
+  for (; row < end; ++row) add(row);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sums.first[part][column + i] = sum[i];
+    sums.second[part][column + i] = squares[i];
+    if (part == 0) sums.pivot[column + i] = about[i];
   }
 }
 
 // kMask, of a strip: x lies where the result goes. The mask is forward's, to the bit: of what batch
 // norm gave, rounded.
 template <typename T, int HALF, int kTileK>
-__device__ void mask(float (&sum)[HALF], const ConvEpilogue& e, const Strip& s, int filters,
-                     char* half, StripSums<kTileK>& strips) {
+__device__ void mask(const float (&sum)[HALF], const float4* columns, const Strip& s,
+                     TileSums<kTileK>& sums) {
+  float sum_g[HALF / 2], sum_gx[HALF / 2];
 #pragma unroll
   for (int j = 0; j < HALF / 4; ++j) {
-    const int offset = 8 * j + s.lane % 4 * 2, column = s.column + offset, k = s.filter + offset;
-    Coefficients<float> behind[2] = {};
-    for (int i = 0; i < 2 && k < filters; ++i) behind[i] = coefficients(e.behind, k + i);
-    float g[2][2], gx[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum_g[2 * j + i] = sum_gx[2 * j + i] = 0;
+    const float4 k[2] = {columns[s.column(j)], columns[s.column(j) + 1]};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      T* at = reinterpret_cast<T*>(place_in(half, s.row(h), column));
-      const auto x = load<2>(at);
+      const auto x = load<2>(s.at<T>(j, h));
       Pack<T, 2> y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        narrow(behind[i](widen(x.value[i])), y.value[i]);
-        g[i][h] = widen(y.value[i]) <= 0 ? 0 : sum[4 * j + 2 * h + i];  // where y is NaN it passes
-        gx[i][h] = g[i][h] * (widen(x.value[i]) - behind[i].mean);
-        narrow(g[i][h], y.value[i]);
+        const Coefficients<float> behind{k[i].x, k[i].y, k[i].z};
+        narrow(behind(widen(x.value[i])), y.value[i]);
+        // where y is NaN it passes
+        const float g = widen(y.value[i]) <= 0 ? 0 : sum[4 * j + 2 * h + i];
+        if (s.has(h)) {
+          sum_g[2 * j + i] += g;
+          sum_gx[2 * j + i] = fmaf(g, widen(x.value[i]) - behind.mean, sum_gx[2 * j + i]);
+        }
+        narrow(g, y.value[i]);
       }
-      store<2>(at, y);
-    }
-    for (int i = 0; i < 2; ++i) {
-      strip_sums(g[i], gx[i], strips.first[s.number], strips.second[s.number], column + i, s);
+      store<2>(s.at<T>(j, h), y);
     }
   }
+  s.sum_rows(sum_g);
+  s.put_sums(sum_g, sums.first[s.number]);
+  s.sum_rows(sum_gx);
+  s.put_sums(sum_gx, sums.second[s.number]);
 }
 
-// Merges the eight strips of a tile, the filters shared out among 256 threads. Before it, all
-// strips must be there.
+// The sums over a tile's parts, the filters shared out among 256 threads. Before it, all parts must
+// be there.
 template <Epilogue kEpilogue, int kTileK>
-__device__ void merge_strips(const StripSums<kTileK>& strips, const ConvEpilogue& e,
-                             const ConvShape& shape, const ConvTiles& tiles, int tile, int thread) {
-  const int64_t left = shape.pixels() - tiles.pixel(tile);
-  const int rows = left < ConvTiles::kTileM ? static_cast<int>(left) : ConvTiles::kTileM;
-  for (int k = thread; k < kTileK; k += 256) {
-    const int filter = tiles.filter(tile) + k;
-    if (filter >= shape.k) break;
-    const int64_t to = int64_t(filter) * e.segments + e.first + tile / tiles.across;
-    float count = 0, first = 0, second = 0;  // of kMoments: mean and squares
-    for (int strip = 0; strip < 8 && strip * 16 < rows; ++strip) {
-      const float a = strips.first[strip][k], b = strips.second[strip][k];
-      if (kEpilogue == Epilogue::kMask) {
-        first += a;
-        second += b;
-        continue;
-      }
-      const float n = rows - strip * 16 < 16 ? rows - strip * 16 : 16;
-      const float delta = a - first, share = n / (count + n);
-      second += b + delta * delta * count * share;
-      first += delta * share;
-      count += n;
-    }
-    if constexpr (kEpilogue == Epilogue::kMask)
-      e.sums[to] = {first, second};
-    else
-      e.moments[to] = {count, first, 0, second};
+__device__ void merge_sums(const TileSums<kTileK>& sums, const ConvEpilogue& e,
+                           const ConvShape& shape, const ConvTiles& tiles, int tile, int thread) {
+  constexpr int kParts = kEpilogue == Epilogue::kMoments ? 512 / kTileK : 8;
+  const int filter = tiles.filter(tile) + thread;
+  if (thread >= kTileK || filter >= shape.k) return;
+  float first = 0, second = 0;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    first += sums.first[part][thread];
+    second += sums.second[part][thread];
+  }
+  const int64_t to = int64_t(filter) * e.segments + e.first + tile / tiles.across;
+  if constexpr (kEpilogue == Epilogue::kMask) {
+    e.sums[to] = {first, second};
+  } else {
+    const float count = tiles.rows(shape, tile), around = second - first * first / count;
+    e.moments[to] = {count, sums.pivot[thread], first, around < 0 ? 0 : around};  // NaN stays
   }
 }
 

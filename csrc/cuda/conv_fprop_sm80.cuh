@@ -28,7 +28,8 @@ struct PortableMemory {
     Stage ring[kStages];
     char output[2][kHalfBytes<kTileK>];  // what lies beside it arrives there
   };
-  StripSums<kTileK> strips;
+  float4 columns[kMostColumns];
+  TileSums<kTileK> sums;
 };
 
 // A pack of 16 bytes of a row of 64: two rows share a line of memory, and eight rows' packs of the
@@ -156,16 +157,20 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
       fetch_half<T, kTileK>(m.output[half], f.beside, shape, f.grid, pixel(half), filter,
                             threadIdx.x, kPortableThreads);
     }
-    __syncthreads();
   }
+  if (const int i = threadIdx.x; i < kColumns<kEpilogue, kTileK>) {
+    m.columns[i] = column_of<kEpilogue, kTileK>(f.epilogue, filter, shape.k, i);
+  }
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const Strip strip(shape, tiles, tile, row / 16 + i, column);
-    char* half = m.output[row / 64];
-    if constexpr (kEpilogue == Epilogue::kMask) {
-      mask<T>(sum[i], f.epilogue, strip, shape.k, half, m.strips);
+    const Strip strip(row / 16 + i, column, tiles.rows(shape, tile), m.output[row / 64]);
+    if constexpr (kEpilogue == Epilogue::kApply) {
+      apply<T>(sum[i], m.columns, beside, f.epilogue.relu, strip);
+    } else if constexpr (kEpilogue == Epilogue::kMoments) {
+      put<T>(sum[i], strip);
     } else {
-      apply<T, kEpilogue>(sum[i], f.epilogue, beside, strip, shape.k, half, m.strips);
+      mask<T>(sum[i], m.columns, strip, m.sums);
     }
   }
   __syncthreads();
@@ -173,8 +178,12 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
     put_half<T, kTileK>(m.output[half], f.output, shape, f.grid, pixel(half), filter, threadIdx.x,
                         kPortableThreads);
   }
-  if (kEpilogue != Epilogue::kApply) {
-    merge_strips<kEpilogue>(m.strips, f.epilogue, shape, tiles, tile, threadIdx.x);
+  if constexpr (kEpilogue == Epilogue::kMoments) {
+    sum_moments<T, kTileK>(m.output, tiles.rows(shape, tile), m.sums, threadIdx.x);
+    __syncthreads();
+  }
+  if constexpr (kEpilogue != Epilogue::kApply) {
+    merge_sums<kEpilogue>(m.sums, f.epilogue, shape, tiles, tile, threadIdx.x);
   }
 }
 

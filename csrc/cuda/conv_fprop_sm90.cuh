@@ -4,7 +4,8 @@
 // accelerator for tiles: of the input (im2col: 128 windows x 64 channels of one filter tap) and of
 // the filters, in a ring of stages guarded by barriers, and of the residual. The other two multiply
 // 64 of the rows each, apply the epilogue in registers, and hand the output back through shared
-// memory. No atomics: two runs give the same bits.
+// memory. Narrow tiles are short work: two blocks share a multiprocessor then, and one multiplies
+// while the other is in its epilogue. No atomics: two runs give the same bits.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -13,16 +14,20 @@
 
 namespace fastres::cuda {
 
+// Blocks of a multiprocessor, which share its registers and its memory.
+constexpr int conv_blocks(int tile_k) { return tile_k == 64 ? 2 : 1; }
+
 template <int kTileK>
 struct ConvMemory {
-  static constexpr int kStages = kTileK == 256 ? 3 : kTileK == 64 ? 6 : 5;
+  static constexpr int kStages = kTileK == 128 ? 5 : 3;
   static constexpr int kInputBytes = ConvTiles::kTileM * 128, kFilterBytes = kTileK * 128;
 
   alignas(1024) char input[kStages][kInputBytes];
   alignas(1024) char filter[kStages][kFilterBytes];
   alignas(
       1024) char output[2][kHalfBytes<kTileK>];  // on its way out; what lies beside arrives there
-  StripSums<kTileK> strips;
+  float4 columns[2][kMostColumns];  // of the two groups
+  TileSums<kTileK> sums;
   uint64_t full[kStages], empty[kStages], beside_full[2], beside_empty[2];
 };
 
@@ -112,24 +117,31 @@ class Prologue {
   Step<ConvTiles::kChunk> step_;
 };
 
-// The epilogue of a warpgroup's half of the tile.
+// The epilogue of a warpgroup's half of the tile, as far as shared memory. `column`: this thread's
+// entry of the columns.
 template <typename T, Epilogue kEpilogue, int kTileK>
-__device__ void conv_finish(ConvMemory<kTileK>& m, float (&sum)[kTileK / 2], int parity,
+__device__ void conv_finish(ConvMemory<kTileK>& m, const float (&sum)[kTileK / 2], int parity,
                             const ConvFprop& f, const ConvShape& shape, const ConvTiles& tiles,
-                            int tile, int group) {
+                            int tile, int group, const float4& column) {
   const bool beside = f.beside != nullptr;
+  const int thread = threadIdx.x % 128;
+  char* half = m.output[group];
+  if (thread < kColumns<kEpilogue, kTileK>) m.columns[group][thread] = column;
   if (beside && f.grid.dense) barrier_wait(&m.beside_full[group], parity);
+  if (!beside && thread == 0) stores_wait_read();
   group_sync(1 + group, 128);  // the last tile has left the buffer
   if (beside && !f.grid.dense) {
-    fetch_half<T, kTileK>(m.output[group], f.beside, shape, f.grid, tiles.pixel(tile) + group * 64,
-                          tiles.filter(tile), threadIdx.x % 128, 128);
+    fetch_half<T, kTileK>(half, f.beside, shape, f.grid, tiles.pixel(tile) + group * 64,
+                          tiles.filter(tile), thread, 128);
     group_sync(1 + group, 128);
   }
-  const Strip strip(shape, tiles, tile, group * 4 + threadIdx.x % 128 / 32, 0);
-  if constexpr (kEpilogue == Epilogue::kMask) {
-    mask<T>(sum, f.epilogue, strip, shape.k, m.output[group], m.strips);
+  const Strip strip(group * 4 + thread / 32, 0, tiles.rows(shape, tile), half);
+  if constexpr (kEpilogue == Epilogue::kApply) {
+    apply<T>(sum, m.columns[group], beside, f.epilogue.relu, strip);
+  } else if constexpr (kEpilogue == Epilogue::kMoments) {
+    put<T>(sum, strip);
   } else {
-    apply<T, kEpilogue>(sum, f.epilogue, beside, strip, shape.k, m.output[group], m.strips);
+    mask<T>(sum, m.columns[group], strip, m.sums);
   }
 }
 
@@ -149,8 +161,24 @@ __device__ void conv_store(ConvMemory<kTileK>& m, const ConvMaps& maps, const Co
   for (int j = 0; j < kTileK / 64; ++j) {
     store_2d(&maps.output, half + j * 8192, filter + j * 64, pixel);
   }
+  stores_commit();
+  if (!f.beside) return;  // then the buffer is needed late in the next tile only
   stores_wait_read();
-  if (f.beside) barrier_arrive(&m.beside_empty[group]);
+  barrier_arrive(&m.beside_empty[group]);
+}
+
+// Statistics of the whole tile, by both groups. Before it, both halves must be there.
+template <typename T, Epilogue kEpilogue, int kTileK>
+__device__ void conv_statistics(ConvMemory<kTileK>& m, const ConvEpilogue& e,
+                                const ConvShape& shape, const ConvTiles& tiles, int tile) {
+  const int thread = threadIdx.x - 128;
+  group_sync(3, 256);
+  if constexpr (kEpilogue == Epilogue::kMoments) {
+    sum_moments<T, kTileK>(m.output, tiles.rows(shape, tile), m.sums, thread);
+    group_sync(3, 256);
+  }
+  merge_sums<kEpilogue>(m.sums, e, shape, tiles, tile, thread);
+  group_sync(3, 256);
 }
 
 template <typename T, Epilogue kEpilogue, bool kPrologue, int kTileK>
@@ -161,6 +189,9 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
   int parity = 0;
   float sum[kTileK / 2];
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    // asked for before the products, needed after them
+    const float4 column = column_of<kEpilogue, kTileK>(f.epilogue, tiles.filter(tile), shape.k,
+                                                       threadIdx.x % 128);
     const auto products = [&](auto prepare) {
       multiply<T, false, ConvMemory<kTileK>::kStages>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
@@ -173,12 +204,10 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
     } else {
       products([](int) {});
     }
-    conv_finish<T, kEpilogue>(m, sum, parity, f, shape, tiles, tile, group);
+    conv_finish<T, kEpilogue>(m, sum, parity, f, shape, tiles, tile, group, column);
     conv_store<T>(m, maps, f, shape, tiles, tile, group);
-    if (kEpilogue != Epilogue::kApply) {
-      group_sync(3, 256);  // all eight warps have theirs
-      merge_strips<kEpilogue>(m.strips, f.epilogue, shape, tiles, tile, threadIdx.x - 128);
-      group_sync(3, 256);
+    if constexpr (kEpilogue != Epilogue::kApply) {
+      conv_statistics<T, kEpilogue>(m, f.epilogue, shape, tiles, tile);
     }
     parity ^= 1;
   }
@@ -186,12 +215,13 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
 }
 
 template <typename T, int kTileK, Epilogue kEpilogue, bool kPrologue>
-__global__ void __launch_bounds__(kConvThreads, 1)
+__global__ void __launch_bounds__(kConvThreads, conv_blocks(kTileK))
     conv_fprop_sm90(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvFprop f,
                     const __grid_constant__ ConvShape shape, const ConvTiles tiles) {
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using M = ConvMemory<kTileK>;
-  static_assert(sizeof(M) <= 227 * 1024, "more than a multiprocessor's shared memory");
+  // a block has a KB of the system's beside its own
+  static_assert(conv_blocks(kTileK) * (sizeof(M) + 1024) <= 228 * 1024, "too much shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
     init_ring<M::kStages>(m.full, m.empty);
@@ -203,11 +233,11 @@ __global__ void __launch_bounds__(kConvThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<40>();
+    give_registers<conv_blocks(kTileK) == 2 ? 24 : 40>();
     const bool beside = f.beside && f.grid.dense;  // else the consumers fetch it
     if (threadIdx.x == 0) conv_produce(m, maps, shape, tiles, beside);
   } else {
-    take_registers<232>();
+    take_registers<conv_blocks(kTileK) == 2 ? 104 : 232>();
     conv_consume<T, kEpilogue, kPrologue>(m, maps, f, shape, tiles);
   }
 #else
@@ -228,7 +258,7 @@ void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvF
                 map(f.output),
                 {}};
   if (f.beside) maps.beside = map(f.beside);
-  const int blocks = std::min(tiles.count(), multiprocessors);
+  const int blocks = std::min(tiles.count(), multiprocessors * conv_blocks(tile_k));
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
     queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>, blocks, kConvThreads,

@@ -62,6 +62,12 @@ struct ConvTiles {
   // First output pixel and filter of a tile.
   __host__ __device__ int pixel(int tile) const { return tile / across * kTileM; }
   __host__ __device__ int filter(int tile) const { return tile % across * tile_k; }
+
+  // Output pixels of a tile.
+  __host__ __device__ int rows(const ConvShape& shape, int tile) const {
+    const int64_t left = shape.pixels() - pixel(tile);
+    return left < kTileM ? static_cast<int>(left) : kTileM;
+  }
 };
 
 // Where the window of an output pixel begins in the input.
@@ -95,15 +101,18 @@ inline bool fits_im2col(const ConvShape& s) {
          s.reach_h() < 256 && s.reach_w() < 256 && s.stride.h <= 8 && s.stride.w <= 8;
 }
 
-// Filters of a tile, `most` or less: wide ones share more of the input, but must leave a tile to
-// every multiprocessor.
+// Filters of a tile, `most` or less: those with which the multiprocessors, that compute a tile at a
+// time, have to load the least. Wide tiles share more of the input, narrow ones waste less of the
+// last round.
 inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most) {
-  for (int tile : {256, 128}) {
-    if (tile <= most && s.k % tile == 0 && ConvTiles::of(s, tile).count() >= multiprocessors) {
-      return tile;
-    }
+  int best = 64;
+  int64_t least = INT64_MAX;
+  for (int tile : {256, 128, 64}) {
+    const int64_t rounds = ceil_div(ConvTiles::of(s, tile).count(), multiprocessors);
+    const int64_t cost = rounds * (ConvTiles::kTileM + tile);
+    if (tile <= most && cost < least) best = tile, least = cost;
   }
-  return s.k > 64 && ConvTiles::of(s, 128).count() >= multiprocessors ? 128 : 64;
+  return best;
 }
 
 }  // namespace fastres::cuda

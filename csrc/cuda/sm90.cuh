@@ -100,12 +100,12 @@ __device__ inline void store_2d(const TensorMap* map, const void* from, int x, i
       : "memory");
 }
 
-// Ends a group of this thread's stores, and waits until all groups have read shared memory.
+// Ends a group of this thread's stores.
+__device__ inline void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all groups have read shared memory.
 __device__ inline void stores_wait_read() {
-  asm volatile(
-      "cp.async.bulk.commit_group;\n"
-      "cp.async.bulk.wait_group.read 0;" ::
-          : "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Waits until all groups are in global memory.
