@@ -109,7 +109,7 @@ def test_wide_accesses_and_no_local_memory(architecture):
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")
 @pytest.mark.parametrize("stem, forms", [
     ("conv_fprop_sm90", 20),  # two types, three widths, two epilogues; two widths masked, prologue
-    ("conv_wgrad_sm90", 4),  # two types, two widths
+    ("conv_wgrad_sm90", 12),  # two types, three widths, with a prologue and without
 ])  # fmt: skip
 def test_the_convolutions_use_hoppers_units(stem, forms):
     found = {k: v for k, v in instructions("sm_90a").items() if stem in k}
@@ -120,6 +120,21 @@ def test_the_convolutions_use_hoppers_units(stem, forms):
         assert count(counter, "USETMAXREG") == 2, name
         assert count(counter, "SYNCS"), name
         assert bool(count(counter, "UTMASTG")) == (stem == "conv_fprop_sm90"), name
+
+
+@pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")
+def test_the_epilogue_is_a_few_instructions_a_pair():
+    """Values are rounded and written in pairs, and what scales them comes from shared memory: for
+    layers of one or two steps the epilogue, not the memory, would be the limit else."""
+    kernels = instructions("sm_90a").items()
+    for form, epilogue in [("Li256ELNS0_8EpilogueE0", "FMNMX"), ("Li256ELNS0_8EpilogueE1", None)]:
+        (counter,) = (c for k, c in kernels if "bfloat16" in k and form in k)
+        pairs = 64  # of a thread
+        assert count(counter, "F2FP", "PACK_AB") >= pairs
+        assert count(counter, "F2F") == 0
+        assert count(counter, "LDG") < pairs / 4
+        assert count(counter, "SHFL") == 0
+        assert epilogue is None or count(counter, epilogue, "NAN") >= 2 * pairs
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -145,6 +160,7 @@ def test_the_extension_names_its_kernels():
     names = extension.build_info()["cuda_kernels"]
     assert {"bn_relu_moments", "bn_relu_apply"} <= set(names)
     assert "conv_fprop_sm80" in names
-    assert ("conv_fprop_sm90" in names) == ("sm_90a" in ARCHITECTURES)
+    for kernel in ("conv_fprop_sm90", "conv_wgrad_sm90"):
+        assert (kernel in names) == ("sm_90a" in ARCHITECTURES)
     info = extension.cuda_info()
     assert info["runtime"] >= 12000 and (info["devices"] or info["error"])

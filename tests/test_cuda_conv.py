@@ -33,6 +33,12 @@ def convolve(
     return y.view(n, p, q, k).permute(0, 3, 1, 2), mean, invstd
 
 
+def normalised(x, vectors):
+    """relu(batch_norm(x)), rounded: what is multiplied is rounded in eager too."""
+    mean, invstd, weight, bias = (v.view(-1, 1, 1) for v in vectors)
+    return F.relu((x.float() - mean) * (invstd * weight) + bias).to(x.dtype)
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 @pytest.mark.parametrize("name", SHAPES)
 def test_eval_epilogue(name, kernel):
@@ -118,31 +124,42 @@ def test_prologue(name, kernel):
     which is not what batch norm makes of it."""
     shape, dtype = SHAPES[name], torch.bfloat16 if kernel[1] == 64 else torch.float16
     x, f, raw, _ = operands_for(shape, dtype)
-    mean, invstd, weight, bias = (torch.randn(shape[1]) for _ in range(4))
-
-    def prologue(x):
-        m, i, w, b = (v.to(x.dtype).view(-1, 1, 1) for v in (mean, invstd, weight, bias))
-        return F.relu((x - m) * (i * w) + b)
+    vectors = [torch.randn(shape[1]) for _ in range(4)]
 
     def convolution(x, f):
         return F.conv2d(x, f, None, *shape[7:])
 
-    vectors = (mean, invstd, weight, bias)
-    activated = prologue(x.float()).to(dtype)  # what is multiplied is rounded in eager too
+    activated = normalised(x, vectors)
     exact = convolution(activated.double(), f.double())
     y, found, _ = convolve(shape, x, f, None, raw, None, None, kernel, True, False, vectors)
     assert_close(y, convolution(activated, f), exact, name)
     torch.testing.assert_close(found.double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("multiprocessors", [3, 40])
-@pytest.mark.parametrize("name", SHAPES)
-def test_gradient_of_the_filters(name, multiprocessors):
-    """In one share of the pixels and in several."""
-    dtype = torch.bfloat16 if multiprocessors == 3 else torch.float16
-    shape = SHAPES[name]
+# enough pixels for several shares
+WGRAD_SHAPES = SHAPES | {"many": (5, 24, 21, 20, 40, 3, 3, (1, 1), (1, 1), (1, 1))}
+
+
+def wgrad_plan(shape, multiprocessors) -> tuple[int, int]:
+    """Filters of a tile, and shares."""
+    found = [ctypes.c_int() for _ in range(2)]
+    plan = emulating.library("conv_wgrad").wgrad_plan
+    plan(numbers(shape), multiprocessors, *map(ctypes.byref, found))
+    return tuple(value.value for value in found)
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize("name", WGRAD_SHAPES)
+def test_gradient_of_the_filters(name, multiprocessors, prologue):
+    """In one share of the pixels and in several; of relu(batch_norm(x)), too, rounded as bn_relu
+    rounds it, whose padding stays zero."""
+    dtype = torch.bfloat16 if (multiprocessors == 3) != prologue else torch.float16
+    shape = WGRAD_SHAPES[name]
     x, f, raw, _ = operands_for(shape, dtype)
     grad = torch.randn(raw.shape, dtype=torch.float64).to(dtype)
+    vectors = [torch.randn(shape[1]) if prologue else None for _ in range(4)]
+    activated = normalised(x, vectors) if prologue else x
 
     def gradient(x, f, grad):
         f = f.detach().requires_grad_()
@@ -153,13 +170,54 @@ def test_gradient_of_the_filters(name, multiprocessors):
     found = guard.empty_like(torch.empty(f.numel(), dtype=dtype))
     emulating.call(
         emulating.library("conv_wgrad").conv_wgrad, emulating.dtype_name(x), numbers(shape),
-        emulating.arrays(pixels_of(grad), pixels_of(x), found), multiprocessors,
+        emulating.arrays(pixels_of(grad), pixels_of(x), found, *vectors), multiprocessors,
     )  # fmt: skip
     guard.check()
     k, c, r, s = f.shape
     found = found.view(k, r, s, c).permute(0, 3, 1, 2)
-    exact = gradient(x.double(), f.double(), grad.double())
-    assert_close(found, gradient(x, f, grad), exact, name)
+    exact = gradient(activated.double(), f.double(), grad.double())
+    assert_close(found, gradient(activated, f, grad), exact, name)
+
+
+def test_the_filters_gradient_is_tried_in_every_form():
+    plans = {wgrad_plan(shape, m) for shape in WGRAD_SHAPES.values() for m in (1, 3, 40)}
+    assert {tile for tile, _ in plans} == {64, 128, 256}
+    assert min(shares for _, shares in plans) == 1 < max(shares for _, shares in plans)
+
+
+# n, c, size, k, kernel: what an H200 should do with a ResNet-50's layers
+PLANS = {
+    (256, 64, 56, 64, 3): (64, 26),  # nine taps in five pairs: a tile is no wider than the filters
+    (256, 256, 14, 256, 3): (256, 7),  # 18 tiles, in one round
+    (256, 512, 7, 512, 3): (256, 5),  # 72 tiles: one share would leave half of the chip idle
+    (256, 2048, 7, 512, 1): (256, 4),
+    (32, 1024, 14, 256, 1): (128, 8),  # few pixels: narrower tiles, so that there are enough
+}
+
+
+@pytest.mark.parametrize("layer", PLANS, ids=str)
+def test_plan_of_the_filters_gradient(layer):
+    n, c, size, k, kernel = layer
+    pad = (kernel // 2,) * 2
+    shape = (n, c, size, size, k, kernel, kernel, (1, 1), pad, (1, 1))
+    assert wgrad_plan(shape, 132) == PLANS[layer]
+
+
+# n, c, size, k, kernel: filters of a tile
+TILES = {
+    (256, 64, 56, 64, 3): 64,
+    (256, 256, 14, 256, 3): 256,  # three rounds
+    (32, 256, 14, 256, 3): 128,  # one round; 64 would take two, and load the input twice as often
+    (32, 512, 7, 512, 3): 64,  # one round, of almost the whole chip
+}
+
+
+@pytest.mark.parametrize("layer", TILES, ids=str)
+def test_width_of_the_tiles(layer):
+    n, c, size, k, kernel = layer
+    pad = (kernel // 2,) * 2
+    shape = (n, c, size, size, k, kernel, kernel, (1, 1), pad, (1, 1))
+    assert emulating.library("conv_fprop").choose_tile(numbers(shape), 132) == TILES[layer]
 
 
 def test_shares_of_the_pixels_cover_them():

@@ -5,19 +5,8 @@
 #include "operators.h"
 
 namespace fastres::cuda {
-namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// relu(batch_norm(input)), where there is a mean.
-at::Tensor activated(const at::Tensor& input, const OptionalTensor& mean,
-                     const OptionalTensor& invstd, const OptionalTensor& weight,
-                     const OptionalTensor& bias) {
-  if (!given(mean)) return input;
-  return bn_relu_apply(input, std::nullopt, *mean, *invstd, weight, bias, /*relu=*/true);
-}
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv(
     const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& invstd,
@@ -33,17 +22,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv(
   const auto g = cpu::check_geometry(stride, padding, dilation, groups);
   check_conv(input, weight, bias, g);
   const Below below(input.device());
+  std::optional<BatchNormBefore> before;
+  if (given(mean)) before.emplace(BatchNormBefore{*mean, *invstd, bn_weight, bn_bias});
   ConvMoments c{};
   if (!own_conv_serves(input, weight, g) || given(bias)) {
-    c.output = vendor_conv(activated(input, mean, invstd, bn_weight, bn_bias), weight, bias, g);
-  } else if (!given(mean) && !statistics) {
+    c.output = vendor_conv(activated(input, before), weight, bias, g);
+  } else if (!before && !statistics) {
     c.output = own_conv(input, weight, g, {}, {}, std::nullopt, /*relu=*/false);
   } else {
-    const auto centre = vector<float>(mean), factor = vector<float>(invstd),
-               scale = vector<float>(bn_weight), shift = vector<float>(bn_bias);
-    c = own_conv_moments(input, weight, g,
-                         {data<const float>(centre), data<const float>(factor),
-                          data<const float>(scale), data<const float>(shift)});
+    c = own_conv_moments(input, weight, g, NormVectors(before));
   }
   const auto output = c.output.contiguous(conv_format(input, weight));
   if (!statistics) {
@@ -71,14 +58,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_relu_c
   const auto nothing = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
   auto grad_weight = nothing(weight), grad_bias = nothing(weight), grad_input = nothing(input),
        grad_bn_weight = nothing(mean), grad_bn_bias = nothing(mean);
-  if (want_weight || want_bias) {  // of an activation that is made again, and freed at once
+  const BatchNormBefore before{mean, invstd, bn_weight, bn_bias};
+  if (want_weight || want_bias) {
     std::tie(grad_weight, grad_bias) =
-        conv_wgrad(grad_output, activated(input, mean, invstd, bn_weight, bn_bias), weight, stride,
-                   padding, dilation, groups, {want_weight, want_bias});
+        conv_wgrad_of(grad_output, input, weight, g, {want_weight, want_bias}, before);
   }
   if (want_input || want_bn) {
-    std::tie(grad_input, grad_bn_weight, grad_bn_bias) = bn_relu_conv_dgrad(
-        grad_output, input, {mean, invstd, bn_weight, bn_bias}, weight, g, want_input, want_bn);
+    std::tie(grad_input, grad_bn_weight, grad_bn_bias) =
+        bn_relu_conv_dgrad(grad_output, input, before, weight, g, want_input, want_bn);
   }
   return {grad_input, grad_bn_weight, grad_bn_bias, grad_weight, grad_bias};
 }

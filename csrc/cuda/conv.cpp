@@ -33,6 +33,45 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
       .contiguous(conv_format(input, weight));
 }
 
+NormVectors::NormVectors(const std::optional<BatchNormBefore>& bn) {
+  if (!bn) return;
+  mean_ = vector<float>(bn->mean), invstd_ = vector<float>(bn->invstd);
+  weight_ = vector<float>(bn->weight), bias_ = vector<float>(bn->bias);
+}
+
+NormVectors::operator Vectors<float>() const {
+  return {data<const float>(mean_), data<const float>(invstd_), data<const float>(weight_),
+          data<const float>(bias_)};
+}
+
+at::Tensor activated(const at::Tensor& input, const std::optional<BatchNormBefore>& bn) {
+  if (!bn) return input;
+  return bn_relu_apply(input, std::nullopt, bn->mean, bn->invstd, bn->weight, bn->bias,
+                       /*relu=*/true);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_wgrad_of(const at::Tensor& grad_output,
+                                                 const at::Tensor& input, const at::Tensor& weight,
+                                                 const cpu::ConvGeometry& g,
+                                                 std::array<bool, 2> output_mask,
+                                                 const std::optional<BatchNormBefore>& bn) {
+  const auto as_asked = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
+  };
+  const auto [want_weight, want_bias] = output_mask;
+  if (want_weight && own_wgrad_serves(input, weight, g)) {
+    const auto bias = want_bias ? grad_output.sum({0, 2, 3}) : at::Tensor();
+    const auto filters = as_asked(own_wgrad(grad_output, input, weight, g, NormVectors(bn)));
+    return {filters.contiguous(output_format(weight)), as_asked(bias)};
+  }
+  const std::array<int64_t, 1> outputs{weight.size(0)};
+  const auto [_, grad_weight, grad_bias] = at::convolution_backward(
+      grad_output, activated(input, bn), weight.to(input.scalar_type()), at::IntArrayRef(outputs),
+      g.stride, g.padding, g.dilation, /*transposed=*/false, {0, 0}, g.groups,
+      {false, want_weight, want_bias});
+  return {as_asked(grad_weight), as_asked(grad_bias)};
+}
+
 std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,
                                               at::IntArrayRef stride, at::IntArrayRef padding,
@@ -41,21 +80,7 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad(const at::Tensor& grad_output,
   const auto g = cpu::check_geometry(stride, padding, dilation, groups);
   check_gradient(grad_output, input, weight, g);
   const Below below(input.device());
-  const auto as_asked = [&](const at::Tensor& t) {
-    return t.defined() ? t.to(weight.scalar_type()) : at::empty({0}, weight.options());
-  };
-  const bool want_weight = output_mask[0], want_bias = output_mask[1];
-  if (want_weight && own_wgrad_serves(input, weight, g)) {
-    const auto bias = want_bias ? grad_output.sum({0, 2, 3}) : at::Tensor();
-    const auto filters = as_asked(own_wgrad(grad_output, input, weight, g));
-    return {filters.contiguous(output_format(weight)), as_asked(bias)};
-  }
-  const std::array<int64_t, 1> outputs{weight.size(0)};
-  const auto [_, grad_weight, grad_bias] = at::convolution_backward(
-      grad_output, input, weight.to(input.scalar_type()), at::IntArrayRef(outputs), g.stride,
-      g.padding, g.dilation, /*transposed=*/false, {0, 0}, g.groups,
-      {false, want_weight, want_bias});
-  return {as_asked(grad_weight), as_asked(grad_bias)};
+  return conv_wgrad_of(grad_output, input, weight, g, output_mask, std::nullopt);
 }
 
 }  // namespace fastres::cuda

@@ -37,18 +37,43 @@ ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
                              const cpu::ConvGeometry& g, const Vectors<float>& prologue = {});
 
 // The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
-// convolution's shape.
+// convolution's shape. With a prologue as above.
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
-                     const at::Tensor& weight, const cpu::ConvGeometry& g);
+                     const at::Tensor& weight, const cpu::ConvGeometry& g,
+                     const Vectors<float>& prologue = {});
 
-// The gradients of input, bn_weight and bn_bias through conv2d(relu(batch_norm(input)), weight),
-// mean and invstd being those of input; by them where they serve.
-struct BatchNormBehind {
+// A batch norm of a convolution's input, by its statistics in training; a ReLU stands between them.
+struct BatchNormBefore {
   const at::Tensor &mean, &invstd;
   const std::optional<at::Tensor>&weight, &bias;
 };
+
+// Its vectors in float32: kernels may read them as long as this lives. Null pointers where there is
+// none.
+class NormVectors {
+ public:
+  explicit NormVectors(const std::optional<BatchNormBefore>& bn);
+
+  operator Vectors<float>() const;
+
+ private:
+  at::Tensor mean_, invstd_, weight_, bias_;
+};
+
+// relu(batch_norm(input)); input where there is none.
+at::Tensor activated(const at::Tensor& input, const std::optional<BatchNormBefore>& bn);
+
+// The gradients of weight and bias, as many as are asked for, through conv2d(activated(input, bn),
+// weight); by the project's kernels where they serve.
+std::tuple<at::Tensor, at::Tensor> conv_wgrad_of(const at::Tensor& grad_output,
+                                                 const at::Tensor& input, const at::Tensor& weight,
+                                                 const cpu::ConvGeometry& g,
+                                                 std::array<bool, 2> output_mask,
+                                                 const std::optional<BatchNormBefore>& bn);
+
+// Those of input, bn_weight and bn_bias, likewise.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_dgrad(
-    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBehind& bn,
+    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBefore& bn,
     const at::Tensor& weight, const cpu::ConvGeometry& g, bool want_input, bool want_parameters);
 
 // Throws where grad_output is not like the convolution's output.

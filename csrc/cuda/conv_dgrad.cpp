@@ -75,7 +75,7 @@ at::Tensor conv_dgrad(const at::Tensor& grad_output, const at::Tensor& input,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_dgrad(
-    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBehind& bn,
+    const at::Tensor& grad_output, const at::Tensor& input, const BatchNormBefore& bn,
     const at::Tensor& weight, const cpu::ConvGeometry& g, bool want_input, bool want_parameters) {
   const std::optional<at::Tensor> no_output;
   const auto backward = [&](const at::Tensor& grad, Mask mask, const at::Tensor& sums,
@@ -101,13 +101,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv_dgrad(
     return backward(grad, Mask::kFromInput, {}, 0);
   }
   const auto x = operand(input);
-  const auto mean = vector<float>(bn.mean), invstd = vector<float>(bn.invstd),
-             scale = vector<float>(bn.weight), shift = vector<float>(bn.bias);
+  const NormVectors vectors(bn);
   const auto sums = workspace<Sums<float>>(input, input.size(1) * own.segments);
   ConvFprop f{};
   f.beside = x.const_data_ptr();
-  f.epilogue.behind = {data<const float>(mean), data<const float>(invstd), data<const float>(scale),
-                       data<const float>(shift)};
+  f.epilogue.behind = vectors;
   f.epilogue.sums = data<Sums<float>>(sums);
   return backward(own.run(grad_output, input, weight, f), Mask::kNone, sums, own.segments);
 }

@@ -7,17 +7,14 @@
 #pragma once
 
 #include "bn_relu_walk.cuh"
+#include "conv_box.cuh"
 #include "conv_fprop.h"
 
 namespace fastres::cuda {
 
-// Room for half a tile: boxes of 64 x 64 values, whose rows of 128 bytes are swizzled.
+// Room for half a tile: boxes side by side.
 template <int kTileK>
-constexpr int kHalfBytes = 64 * kTileK * 2;
-
-__device__ inline char* place_in(char* half, int row, int column) {
-  return half + column / 64 * 8192 + row * 128 + (column % 64 * 2 ^ (row & 7) << 4);
-}
+constexpr int kHalfBytes = kTileK / 64 * kBoxBytes;
 
 // What a thread of the epilogue has to know of its columns, in shared memory before it begins.
 // kApply, of a pair of filters: scale, scale, shift, shift. kMask, of one: mean, scale and shift of
@@ -63,7 +60,7 @@ class Strip {
     const int64_t left = rows_of_tile - number * 16;
     rows_ = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
     turn_ = lane_ / 4 ^ column / 8 % 8;
-    place_ = half + column / 64 * 8192 + (number % 4 * 16 + lane_ / 4) * 128 + lane_ % 4 * 4;
+    place_ = half + column / 64 * kBoxBytes + (number % 4 * 16 + lane_ / 4) * 128 + lane_ % 4 * 4;
   }
 
   const int number;
@@ -75,7 +72,7 @@ class Strip {
   // columns of a strip are one box's, or whole boxes.
   template <typename T>
   __device__ T* at(int j, int h) const {
-    return reinterpret_cast<T*>(place_ + j / 8 * 8192 + h * 1024 + ((j % 8 ^ turn_) << 4));
+    return reinterpret_cast<T*>(place_ + j / 8 * kBoxBytes + h * 1024 + ((j % 8 ^ turn_) << 4));
   }
 
   // The first of that pair, in the tile.
@@ -166,11 +163,11 @@ __device__ void put(const float (&sum)[HALF], const Strip& s) {
 }
 
 // Then, of the tile's `rows`, by 256 threads: each sums up some rows of a pair of columns, about
-// the tile's first row. Since that is one of the n rows, n * (mean - pivot)^2 is at most n times the
-// squares: little cancels, see bn_relu.cuh.
+// the tile's first row. Since that is one of the n rows, n * (mean - pivot)^2 is at most n times
+// the squares: little cancels, see bn_relu.cuh.
 template <typename T, int kTileK>
-__device__ void sum_moments(char (&output)[2][kHalfBytes<kTileK>], int rows,
-                            TileSums<kTileK>& sums, int thread) {
+__device__ void sum_moments(char (&output)[2][kHalfBytes<kTileK>], int rows, TileSums<kTileK>& sums,
+                            int thread) {
   constexpr int kPairs = kTileK / 2, kRows = kTileK / 4;  // of a part
   const int column = thread % kPairs * 2, part = thread / kPairs;
   const auto pivot = load<2>(reinterpret_cast<const T*>(place_in(output[0], 0, column)));

@@ -26,7 +26,7 @@ struct ConvMemory {
   alignas(1024) char filter[kStages][kFilterBytes];
   alignas(
       1024) char output[2][kHalfBytes<kTileK>];  // on its way out; what lies beside arrives there
-  float4 columns[2][kMostColumns];  // of the two groups
+  float4 columns[2][kMostColumns];               // of the two groups
   TileSums<kTileK> sums;
   uint64_t full[kStages], empty[kStages], beside_full[2], beside_empty[2];
 };
@@ -51,7 +51,7 @@ __device__ void load_beside(ConvMemory<kTileK>& m, const ConvMaps& maps, int hal
                             int pixel) {
   barrier_expect(&m.beside_full[half], kHalfBytes<kTileK>);
   for (int j = 0; j < kTileK / 64; ++j) {
-    load_2d(m.output[half] + j * 8192, &maps.beside, &m.beside_full[half], filter + j * 64,
+    load_2d(m.output[half] + j * kBoxBytes, &maps.beside, &m.beside_full[half], filter + j * 64,
             pixel + half * 64);
   }
 }
@@ -159,7 +159,7 @@ __device__ void conv_store(ConvMemory<kTileK>& m, const ConvMaps& maps, const Co
   }
   if (threadIdx.x % 128 != 0) return;
   for (int j = 0; j < kTileK / 64; ++j) {
-    store_2d(&maps.output, half + j * 8192, filter + j * 64, pixel);
+    store_2d(&maps.output, half + j * kBoxBytes, filter + j * 64, pixel);
   }
   stores_commit();
   if (!f.beside) return;  // then the buffer is needed late in the next tile only
@@ -190,17 +190,17 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
   float sum[kTileK / 2];
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     // asked for before the products, needed after them
-    const float4 column = column_of<kEpilogue, kTileK>(f.epilogue, tiles.filter(tile), shape.k,
-                                                       threadIdx.x % 128);
+    const float4 column =
+        column_of<kEpilogue, kTileK>(f.epilogue, tiles.filter(tile), shape.k, threadIdx.x % 128);
     const auto products = [&](auto prepare) {
       multiply<T, false, ConvMemory<kTileK>::kStages>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
-          [&](int i) { return operand(m.input[i] + group * 8192); },
+          [&](int i) { return operand(m.input[i] + group * kBoxBytes); },
           [&](int i) { return operand(m.filter[i]); });
     };
     if constexpr (kPrologue) {
       Prologue<T> prologue(shape, tiles, tile, group);
-      products([&](int i) { prologue(m.input[i] + group * 8192, f.prologue); });
+      products([&](int i) { prologue(m.input[i] + group * kBoxBytes, f.prologue); });
     } else {
       products([](int) {});
     }

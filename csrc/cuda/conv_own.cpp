@@ -112,7 +112,8 @@ bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
 }
 
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
-                     const at::Tensor& weight, const cpu::ConvGeometry& g) {
+                     const at::Tensor& weight, const cpu::ConvGeometry& g,
+                     const Vectors<float>& prologue) {
   const auto x = operand(input), dy = operand(grad_output);
   const ConvShape shape = conv_shape_of(x.sizes(), weight.sizes(), g);
   const int chip = multiprocessors(x);
@@ -120,10 +121,10 @@ at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
       at::empty(weight.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const auto partial = at::empty({WgradTiles::of(shape, chip).shares * result.numel()},
                                  x.options().dtype(at::kFloat));
-  launch_conv_wgrad(
-      current_stream(x), x.scalar_type() == at::kBFloat16, shape,
-      {dy.const_data_ptr(), x.const_data_ptr(), data<float>(partial), result.mutable_data_ptr()},
-      chip);
+  launch_conv_wgrad(current_stream(x), x.scalar_type() == at::kBFloat16, shape,
+                    {dy.const_data_ptr(), x.const_data_ptr(), data<float>(partial),
+                     result.mutable_data_ptr(), prologue},
+                    chip);
   return result;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bn_relu_walk.cuh"
+#include "conv_box.cuh"
 #include "conv_fprop.h"
 
 namespace fastres::cuda {

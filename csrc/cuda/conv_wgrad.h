@@ -4,52 +4,85 @@
 
 #include <algorithm>
 
+#include "bn_relu.h"
 #include "conv_plan.h"
 
 namespace fastres::cuda {
 
-// As a matrix product: a row for every filter, a column for every channel of a tap, the sum over
-// output pixels. A block has a tile of 128 filters x tile_c channels of one tap and a share of the
-// pixels; the shares are summed in their order by a second kernel.
+// As a matrix product: a row for every channel of every tap, a column for every filter, the sum
+// over output pixels. Rows come in blocks of 64 channels of a tap. A block of threads has a tile of
+// two of these x tile_k filters and a share of the pixels; the shares are summed in their order by
+// a second kernel.
 struct WgradTiles {
-  static constexpr int kTileK = 128;
   static constexpr int kPixels = 64;  // of a step
+  static constexpr int kChannels = 64;
 
-  int tile_c, filters, channels, taps;  // numbers of tiles
-  int shares, steps;                    // of a share, steps at most
+  int tile_k, filters;  // and tiles of them
+  int channels, rows;   // blocks of a tap's channels, of all taps'
+  int shares, steps;    // of a share, steps at most
 
   static WgradTiles of(const ConvShape& shape, int multiprocessors) {
-    WgradTiles t{};
-    t.tile_c = shape.c > 64 ? 128 : 64;
-    t.filters = static_cast<int>(ceil_div(shape.k, kTileK));
-    t.channels = static_cast<int>(ceil_div(shape.c, t.tile_c));
-    t.taps = shape.r * shape.s;
+    WgradTiles best{};
+    double least = INFINITY;
     const int64_t all = ceil_div(shape.pixels(), kPixels);
-    // As many shares as fill the chip once, but steps enough that a share is worth its sum.
-    constexpr int64_t kFewest = 8;
-    const int64_t wanted =
-        std::clamp<int64_t>(multiprocessors / t.tiles(), 1, std::max<int64_t>(all / kFewest, 1));
-    t.steps = static_cast<int>(ceil_div(all, wanted));
-    t.shares = static_cast<int>(ceil_div(all, t.steps));
+    for (int tile_k : {256, 128, 64}) {
+      WgradTiles t = cut(shape, tile_k);
+      // Some rounds of blocks, of shares that are worth their sum.
+      const int64_t most = std::min<int64_t>(4 * multiprocessors / t.tiles() + 1, ceil_div(all, 8));
+      for (int64_t wanted = 1; wanted <= most; ++wanted) {
+        t.steps = static_cast<int>(ceil_div(all, wanted));
+        t.shares = static_cast<int>(ceil_div(all, t.steps));
+        const double cost = t.cost(shape, multiprocessors);
+        if (cost < least) best = t, least = cost;
+      }
+    }
+    return best;
+  }
+
+  __host__ __device__ int pairs() const { return (rows + 1) / 2; }
+  __host__ __device__ int tiles() const { return filters * pairs(); }
+  __host__ __device__ int blocks() const { return tiles() * shares; }
+
+  // First filter of a block, its share of the pixels.
+  __host__ __device__ int filter(int block) const { return block % filters * tile_k; }
+  __host__ __device__ int share(int block) const { return block / tiles(); }
+
+  // The block of rows of its first or second half; the last may not exist.
+  __host__ __device__ int row(int block, int half) const {
+    return block / filters % pairs() * 2 + half;
+  }
+  __host__ __device__ int tap(int row) const { return row / channels; }
+  __host__ __device__ int channel(int row) const { return row % channels * kChannels; }
+
+ private:
+  static WgradTiles cut(const ConvShape& shape, int tile_k) {
+    WgradTiles t{};
+    t.tile_k = tile_k;
+    t.filters = static_cast<int>(ceil_div(shape.k, tile_k));
+    t.channels = static_cast<int>(ceil_div(shape.c, kChannels));
+    t.rows = shape.r * shape.s * t.channels;
     return t;
   }
 
-  __host__ __device__ int tiles() const { return filters * channels * taps; }
-  __host__ __device__ int blocks() const { return tiles() * shares; }
-
-  // First filter, tap and first channel of a block, its share of the pixels.
-  __host__ __device__ int filter(int block) const { return block % filters * kTileK; }
-  __host__ __device__ int channel(int block) const { return block / filters % channels * tile_c; }
-  __host__ __device__ int tap(int block) const { return block / filters / channels % taps; }
-  __host__ __device__ int share(int block) const { return block / tiles(); }
+  // Nanoseconds, about, by what moves: a multiprocessor gets 55 bytes of the cache in one and
+  // writes 33 to memory, all together read 4000; a block begins in a microsecond. Estimates from
+  // what is published of the H100, not measured.
+  double cost(const ConvShape& shape, int multiprocessors) const {
+    const double step = (2 * kChannels + tile_k) * kPixels * 2 / 55.;
+    const double block = 1000 + 2 * kChannels * tile_k * 4 / 33. + steps * step;
+    const double sums = 4. * shares * shape.k * shape.r * shape.s * shape.c / 4000;
+    return double(ceil_div(blocks(), multiprocessors)) * block + sums;
+  }
 };
 
 // The arrays of one call, all on one device: activations dense in channels_last. `partial` has room
-// for shares * K * R * S * C values; `grad_filter` (K, R, S, C).
+// for shares * K * R * S * C values; `grad_filter` (K, R, S, C). With a prologue, C values, the
+// convolution's input is relu(batch_norm(input)).
 struct ConvWgrad {
   const void *grad_output, *input;
   float* partial;
   void* grad_filter;
+  Vectors<float> prologue = {};
 };
 
 // In conv_wgrad.cu: of a convolution whose shape fits_im2col(), in bfloat16 or float16, on sm_90.

@@ -4,25 +4,25 @@
 // tensor cores transpose, and a block computes one tile of one share of the pixels.
 #pragma once
 
+#include "conv_prologue.cuh"
 #include "conv_ring.cuh"
 #include "conv_wgrad.h"
 
 namespace fastres::cuda {
 
-template <int kTileC>
+template <int kTileK>
 struct WgradMemory {
-  static constexpr int kStages = 6;
-  static constexpr int kGradBytes = WgradTiles::kPixels * WgradTiles::kTileK * 2;
-  static constexpr int kInputBytes = WgradTiles::kPixels * kTileC * 2;
+  static constexpr int kGradBytes = kTileK / 64 * kBoxBytes, kInputBytes = 2 * kBoxBytes;
+  static constexpr int kStages = (192 << 10) / (kGradBytes + kInputBytes);
 
-  alignas(1024) char grad[kStages][kGradBytes];    // boxes of 64 pixels x 64 filters
-  alignas(1024) char input[kStages][kInputBytes];  // boxes of 64 pixels x 64 channels
+  alignas(1024) char grad[kStages][kGradBytes];
+  alignas(1024) char input[kStages][kInputBytes];
   uint64_t full[kStages], empty[kStages];
 };
 
 // Operand of a product whose sum runs over the rows of boxes of 64 x 64 values.
 __device__ inline uint64_t transposed_operand(const char* box) {
-  constexpr uint64_t kNextBox = 8192 >> 4, kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  constexpr uint64_t kNextBox = kBoxBytes >> 4, kEightRows = 1024 >> 4, kSwizzle128 = 1;
   return (shared_address(box) & 0x3ffff) >> 4 | kNextBox << 16 | kEightRows << 32 |
          kSwizzle128 << 62;
 }
@@ -38,63 +38,103 @@ struct Share {
   }
 };
 
-template <int kTileC>
-__device__ void wgrad_produce(WgradMemory<kTileC>& m, const TensorMap& grad, const TensorMap& x,
+// The rows of a half of this block's tile: the block of the last one again where there is none.
+struct WgradRows {
+  bool exist;
+  int r, s, channel;
+
+  __device__ WgradRows(const ConvShape& shape, const WgradTiles& tiles, int half) {
+    const int row = tiles.row(blockIdx.x, half);
+    exist = row < tiles.rows;
+    const int tap = tiles.tap(exist ? row : row - 1);
+    r = tap / shape.s, s = tap % shape.s;
+    channel = tiles.channel(exist ? row : row - 1);
+  }
+};
+
+template <int kTileK>
+__device__ void wgrad_produce(WgradMemory<kTileK>& m, const TensorMap& grad, const TensorMap& x,
                               const ConvShape& shape, const WgradTiles& tiles) {
-  using M = WgradMemory<kTileC>;
+  using M = WgradMemory<kTileK>;
   const Share share(shape, tiles);
-  const int tap = tiles.tap(blockIdx.x), channel = tiles.channel(blockIdx.x);
+  const WgradRows rows[2] = {{shape, tiles, 0}, {shape, tiles, 1}};
+  const int filter = tiles.filter(blockIdx.x);
   Stage stage;
   for (int step = 0; step < share.steps; ++step) {
     const int i = stage.index, pixel = (share.first + step) * WgradTiles::kPixels;
     const Window window = window_of(shape, pixel);
     barrier_wait(&m.empty[i], stage.parity ^ 1);
     barrier_expect(&m.full[i], M::kGradBytes + M::kInputBytes);
-    for (int j = 0; j < WgradTiles::kTileK / 64; ++j) {
-      load_2d(m.grad[i] + j * 8192, &grad, &m.full[i], tiles.filter(blockIdx.x) + j * 64, pixel);
+    for (int j = 0; j < kTileK / 64; ++j) {
+      load_2d(m.grad[i] + j * kBoxBytes, &grad, &m.full[i], filter + j * 64, pixel);
     }
-    for (int j = 0; j < kTileC / 64; ++j) {
-      load_im2col(m.input[i] + j * 8192, &x, &m.full[i], channel + j * 64, window,
-                  tap % shape.s * shape.dilation.w, tap / shape.s * shape.dilation.h);
+    for (int half = 0; half < 2; ++half) {
+      const WgradRows& at = rows[half];
+      load_im2col(m.input[i] + half * kBoxBytes, &x, &m.full[i], at.channel, window,
+                  at.s * shape.dilation.w, at.r * shape.dilation.h);
     }
     stage.advance<M::kStages>();
   }
 }
 
-template <typename T, int kTileC>
-__device__ void wgrad_consume(WgradMemory<kTileC>& m, const ConvShape& shape,
-                              const WgradTiles& tiles, float* partial) {
-  using M = WgradMemory<kTileC>;
+// The prologue of a warpgroup's 64 pixels x 64 channels of a stage, in place before they are
+// multiplied: a thread has the same pack of four of the pixels.
+template <typename T>
+__device__ void wgrad_prepare(char* box, const ConvShape& shape, const WgradRows& at, int pixel,
+                              int group, const Vectors<float>& vectors) {
+  const int row = threadIdx.x % 128 / 8, pack = threadIdx.x % 8;
+  if (const int c = at.channel + pack * 8; c < shape.c) {
+    const Windows<4> windows(shape, int64_t(pixel) + row, 16);
+    normalise<T>(windows, at.r, at.s, c, vectors,
+                 [&](int i) { return place_in(box, row + 16 * i, pack * 8); });
+  }
+  fence_shared();
+  group_sync(1 + group, 128);
+}
+
+template <typename T, int kTileK, bool kPrologue>
+__device__ void wgrad_consume(WgradMemory<kTileK>& m, const ConvShape& shape,
+                              const WgradTiles& tiles, const ConvWgrad& w) {
+  using M = WgradMemory<kTileK>;
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-  float sum[kTileC / 2] = {};
+  const Share share(shape, tiles);
+  const WgradRows at(shape, tiles, group);
+  float sum[kTileK / 2] = {};
   Stage stage;
+  int pixel = share.first * WgradTiles::kPixels;
+  const auto box = [&](int i) { return m.input[i] + group * kBoxBytes; };
   multiply<T, true, M::kStages>(
-      m.full, m.empty, sum, stage, Share(shape, tiles).steps, lane, [](int) {},
-      [&](int i) { return transposed_operand(m.grad[i] + group * 8192); },
-      [&](int i) { return transposed_operand(m.input[i]); });
-  const int warp = threadIdx.x % 128 / 32;
+      m.full, m.empty, sum, stage, share.steps, lane,
+      [&](int i) {
+        if constexpr (!kPrologue) return;
+        wgrad_prepare<T>(box(i), shape, at, pixel, group, w.prologue);
+        pixel += WgradTiles::kPixels;
+      },
+      [&](int i) { return transposed_operand(box(i)); },
+      [&](int i) { return transposed_operand(m.grad[i]); });
+  if (!at.exist) return;
   const int64_t row = int64_t(shape.r) * shape.s * shape.c;  // of one filter
-  float* to = partial + tiles.share(blockIdx.x) * shape.k * row + tiles.tap(blockIdx.x) * shape.c;
+  const int first = at.channel + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  float* to = w.partial + tiles.share(blockIdx.x) * shape.k * row +
+              (at.r * shape.s + at.s) * int64_t(shape.c);
 #pragma unroll
-  for (int j = 0; j < kTileC / 8; ++j) {
-    const int channel = tiles.channel(blockIdx.x) + 8 * j + lane % 4 * 2;
+  for (int j = 0; j < kTileK / 8; ++j) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int filter = tiles.filter(blockIdx.x) + group * 64 + warp * 16 + lane / 4 + 8 * h;
-      if (filter >= shape.k || channel >= shape.c) continue;
-      store<2>(to + filter * row + channel,
-               Pack<float, 2>{{sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]}});
+    for (int i = 0; i < 4; ++i) {
+      const int filter = tiles.filter(blockIdx.x) + 8 * j + lane % 4 * 2 + i % 2;
+      const int channel = first + i / 2 * 8;
+      if (filter < shape.k && channel < shape.c) to[filter * row + channel] = sum[4 * j + i];
     }
   }
 }
 
-template <typename T, int kTileC>
+template <typename T, int kTileK, bool kPrologue>
 __global__ void __launch_bounds__(kConvThreads, 1)
     conv_wgrad_sm90(const __grid_constant__ TensorMap grad, const __grid_constant__ TensorMap x,
                     const __grid_constant__ ConvShape shape, const WgradTiles tiles,
-                    float* partial) {
+                    const __grid_constant__ ConvWgrad w) {
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using M = WgradMemory<kTileC>;
+  using M = WgradMemory<kTileK>;
   static_assert(sizeof(M) <= 227 * 1024, "more than a multiprocessor's shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
@@ -107,7 +147,7 @@ __global__ void __launch_bounds__(kConvThreads, 1)
     if (threadIdx.x == 0) wgrad_produce(m, grad, x, shape, tiles);
   } else {
     take_registers<232>();
-    wgrad_consume<T>(m, shape, tiles, partial);
+    wgrad_consume<T, kTileK, kPrologue>(m, shape, tiles, w);
   }
 #else
   __trap();  // the host starts it on sm_90 only
@@ -138,15 +178,23 @@ void conv_wgrad_sm90_run(const Queue& queue, const ConvShape& shape, const ConvW
   const WgradTiles tiles = WgradTiles::of(shape, multiprocessors);
   const TensorMap grad = encode(output_map(w.grad_output, kBfloat16, shape)),
                   x = encode(input_map(w.input, kBfloat16, shape, WgradTiles::kPixels));
-  const auto launch = [&](auto tile) {
-    constexpr int kTileC = decltype(tile)::value;
-    queue.with_shared(conv_wgrad_sm90<T, kTileC>, tiles.blocks(), kConvThreads,
-                      sizeof(WgradMemory<kTileC>), grad, x, shape, tiles, w.partial);
+  const auto launch = [&](auto tile, auto prologue) {
+    constexpr int kTileK = decltype(tile)::value;
+    queue.with_shared(conv_wgrad_sm90<T, kTileK, decltype(prologue)::value>, tiles.blocks(),
+                      kConvThreads, sizeof(WgradMemory<kTileK>), grad, x, shape, tiles, w);
   };
-  if (tiles.tile_c == 128)
-    launch(std::integral_constant<int, 128>());
+  const auto launch_tile = [&](auto prologue) {
+    if (tiles.tile_k == 256)
+      launch(std::integral_constant<int, 256>(), prologue);
+    else if (tiles.tile_k == 128)
+      launch(std::integral_constant<int, 128>(), prologue);
+    else
+      launch(std::integral_constant<int, 64>(), prologue);
+  };
+  if (w.prologue.mean)
+    launch_tile(std::true_type());
   else
-    launch(std::integral_constant<int, 64>());
+    launch_tile(std::false_type());
   const int64_t n = int64_t(shape.k) * shape.r * shape.s * shape.c;
   queue(conv_wgrad_sum<T>, ceil_div(n / 4, kThreads), kThreads, w.partial, tiles.shares, n,
         static_cast<T*>(w.grad_filter));

@@ -11,9 +11,11 @@ namespace fastres::cuda {
 namespace {
 
 std::vector<KernelEntry> entries() {
-  auto all = bn_relu_entries();
-  for (auto& entry : conv_entries()) all.push_back(std::move(entry));
-  for (auto& entry : conv_portable_entries()) all.push_back(std::move(entry));
+  std::vector<KernelEntry> all;
+  for (const auto& of :
+       {bn_relu_entries(), conv_entries(), conv_portable_entries(), conv_wgrad_entries()}) {
+    all.insert(all.end(), of.begin(), of.end());
+  }
   return all;
 }
 

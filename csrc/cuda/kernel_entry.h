@@ -17,5 +17,6 @@ struct KernelEntry {
 std::vector<KernelEntry> bn_relu_entries();
 std::vector<KernelEntry> conv_entries();
 std::vector<KernelEntry> conv_portable_entries();
+std::vector<KernelEntry> conv_wgrad_entries();
 
 }  // namespace fastres::cuda

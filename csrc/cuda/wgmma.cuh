@@ -75,11 +75,13 @@ FASTRES_MMA(__nv_bfloat16, "bf16", 64, 1, 32, 32, 33, 34)
 FASTRES_MMA(__nv_bfloat16, "bf16", 128, 0, 64, 64, 65, 66)
 FASTRES_MMA(__nv_bfloat16, "bf16", 128, 1, 64, 64, 65, 66)
 FASTRES_MMA(__nv_bfloat16, "bf16", 256, 0, 128, 128, 129, 130)
+FASTRES_MMA(__nv_bfloat16, "bf16", 256, 1, 128, 128, 129, 130)
 FASTRES_MMA(__half, "f16", 64, 0, 32, 32, 33, 34)
 FASTRES_MMA(__half, "f16", 64, 1, 32, 32, 33, 34)
 FASTRES_MMA(__half, "f16", 128, 0, 64, 64, 65, 66)
 FASTRES_MMA(__half, "f16", 128, 1, 64, 64, 65, 66)
 FASTRES_MMA(__half, "f16", 256, 0, 128, 128, 129, 130)
+FASTRES_MMA(__half, "f16", 256, 1, 128, 128, 129, 130)
 
 #undef FASTRES_MMA
 
