@@ -242,18 +242,19 @@ __device__ void merge_sums(const TileSums<kTileK>& sums, const ConvEpilogue& e,
                            const ConvShape& shape, const ConvTiles& tiles, int tile, int thread) {
   constexpr int kParts = kEpilogue == Epilogue::kMoments ? 512 / kTileK : 8;
   const int filter = tiles.filter(tile) + thread;
-  if (thread >= kTileK || filter >= shape.k) return;
+  const int rows = tiles.rows(shape, tile);
+  if (thread >= kTileK || filter >= shape.k || rows == 0) return;
   float first = 0, second = 0;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     first += sums.first[part][thread];
     second += sums.second[part][thread];
   }
-  const int64_t to = int64_t(filter) * e.segments + e.first + tile / tiles.across;
+  const int64_t to = int64_t(filter) * e.segments + e.first + tiles.row(tile);
   if constexpr (kEpilogue == Epilogue::kMask) {
     e.sums[to] = {first, second};
   } else {
-    const float count = tiles.rows(shape, tile), around = second - first * first / count;
+    const float count = rows, around = second - first * first / count;
     e.moments[to] = {count, sums.pivot[thread], first, around < 0 ? 0 : around};  // NaN stays
   }
 }

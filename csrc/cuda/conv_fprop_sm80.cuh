@@ -222,7 +222,7 @@ void conv_fprop_sm80_run(const Queue& queue, const ConvShape& shape, const ConvF
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
     queue.with_shared(conv_fprop_sm80<T, kTileK, kEpilogue, kPrologue>, tiles.count(),
-                      kPortableThreads, sizeof(PortableMemory<kTileK>), f, shape, tiles);
+                      kPortableThreads, sizeof(PortableMemory<kTileK>), 1, f, shape, tiles);
   };
   if (tile_k == 128)
     launch(std::integral_constant<int, 128>());

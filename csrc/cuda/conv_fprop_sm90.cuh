@@ -17,6 +17,9 @@ namespace fastres::cuda {
 // Blocks of a multiprocessor, which share its registers and its memory.
 constexpr int conv_blocks(int tile_k) { return tile_k == 64 ? 2 : 1; }
 
+// Blocks of a cluster: those of a pair of tiles.
+constexpr int conv_cluster(int tile_k) { return are_paired(tile_k) ? 2 : 1; }
+
 template <int kTileK>
 struct ConvMemory {
   static constexpr int kStages = kTileK == 128 ? 5 : 3;
@@ -44,6 +47,18 @@ __device__ inline uint64_t operand(const char* rows) {
 }
 
 // --- the producer ---
+
+// A tile's filters of a step; in a cluster this block's part of them, for all of its blocks.
+template <int kTileK>
+__device__ void load_filters(char* to, const TensorMap& map, uint64_t* full, int c, int tap,
+                             int filter) {
+  if constexpr (conv_cluster(kTileK) == 1) {
+    load_3d(to, &map, full, c, tap, filter);
+  } else {
+    const int first = cluster_rank() * (kTileK / conv_cluster(kTileK));
+    load_3d_everywhere(to + first * 128, &map, full, c, tap, filter + first);
+  }
+}
 
 // What lies beside half a tile of an output without gaps.
 template <int kTileK>
@@ -73,7 +88,7 @@ __device__ void conv_produce(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
           barrier_expect(&m.full[i], M::kInputBytes + M::kFilterBytes);
           load_im2col(m.input[i], &maps.input, &m.full[i], c, window, s * shape.dilation.w,
                       r * shape.dilation.h);
-          load_3d(m.filter[i], &maps.filter, &m.full[i], c, r * shape.s + s, filter);
+          load_filters<kTileK>(m.filter[i], maps.filter, &m.full[i], c, r * shape.s + s, filter);
           stage.advance<M::kStages>();
         }
       }
@@ -193,7 +208,7 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
     const float4 column =
         column_of<kEpilogue, kTileK>(f.epilogue, tiles.filter(tile), shape.k, threadIdx.x % 128);
     const auto products = [&](auto prepare) {
-      multiply<T, false, ConvMemory<kTileK>::kStages>(
+      multiply<T, false, ConvMemory<kTileK>::kStages, conv_cluster(kTileK)>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
           [&](int i) { return operand(m.input[i] + group * kBoxBytes); },
           [&](int i) { return operand(m.filter[i]); });
@@ -220,26 +235,31 @@ __global__ void __launch_bounds__(kConvThreads, conv_blocks(kTileK))
                     const __grid_constant__ ConvShape shape, const ConvTiles tiles) {
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using M = ConvMemory<kTileK>;
+  constexpr int kCluster = conv_cluster(kTileK);
   // a block has a KB of the system's beside its own
   static_assert(conv_blocks(kTileK) * (sizeof(M) + 1024) <= 228 * 1024, "too much shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    init_ring<M::kStages>(m.full, m.empty);
+    init_ring<M::kStages, kCluster>(m.full, m.empty);
     for (int i = 0; i < 2; ++i) {
       barrier_init(&m.beside_full[i], 1);
       barrier_init(&m.beside_empty[i], 1);
     }
     barriers_ready();
   }
-  __syncthreads();
+  if constexpr (kCluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<conv_blocks(kTileK) == 2 ? 24 : 40>();
+    give_registers<conv_blocks(kTileK) == 2 ? 32 : 56>();
     const bool beside = f.beside && f.grid.dense;  // else the consumers fetch it
     if (threadIdx.x == 0) conv_produce(m, maps, shape, tiles, beside);
   } else {
-    take_registers<conv_blocks(kTileK) == 2 ? 104 : 232>();
+    take_registers<conv_blocks(kTileK) == 2 ? 104 : 224>();
     conv_consume<T, kEpilogue, kPrologue>(m, maps, f, shape, tiles);
   }
+  if constexpr (kCluster > 1) cluster_sync();  // the others write here until they are done
 #else
   __trap();  // the host starts it on sm_90 only
 #endif
@@ -250,19 +270,21 @@ template <typename T, Epilogue kEpilogue, bool kPrologue = false, typename Queue
 void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvFprop& f, int tile_k,
                          int multiprocessors) {
   constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  const ConvTiles tiles = ConvTiles::of(shape, tile_k);
+  const int cluster = conv_cluster(tile_k);
+  const ConvTiles tiles = ConvTiles::of(shape, tile_k, are_paired(tile_k));
   // Where there are gaps these are not used.
   const auto map = [&](const void* p) { return encode(output_map(p, kBfloat16, shape)); };
   ConvMaps maps{encode(input_map(f.input, kBfloat16, shape)),
-                encode(filter_map(f.filter, kBfloat16, shape, tile_k)),
+                encode(filter_map(f.filter, kBfloat16, shape, tile_k / cluster)),
                 map(f.output),
                 {}};
   if (f.beside) maps.beside = map(f.beside);
-  const int blocks = std::min(tiles.count(), multiprocessors * conv_blocks(tile_k));
+  const int most = multiprocessors * conv_blocks(tile_k) / cluster * cluster;
+  const int blocks = std::min(tiles.count(), std::max(most, cluster));
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
     queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>, blocks, kConvThreads,
-                      sizeof(ConvMemory<kTileK>), maps, f, shape, tiles);
+                      sizeof(ConvMemory<kTileK>), cluster, maps, f, shape, tiles);
   };
   if constexpr (most_tile_k(kEpilogue, kPrologue) == 256) {
     if (tile_k == 256) return launch(std::integral_constant<int, 256>());

@@ -65,7 +65,8 @@ ConvCall::ConvCall(const at::Tensor& like, const ConvShape& shape, Epilogue epil
       kernel(kernel_for(like, shape)),
       multiprocessors(cuda::multiprocessors(like)),
       tile_k(choose_tile_k(shape, multiprocessors,
-                           kernel == ConvKernel::kSm90 ? most_tile_k(epilogue, prologue) : 128)) {}
+                           kernel == ConvKernel::kSm90 ? most_tile_k(epilogue, prologue) : 128,
+                           kernel == ConvKernel::kSm90)) {}
 
 void ConvCall::operator()(const at::Tensor& like, const ConvFprop& f) const {
   const auto stream = current_stream(like);

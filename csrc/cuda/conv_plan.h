@@ -45,28 +45,34 @@ struct PixelGrid {
 };
 
 // The convolution as a matrix product: a row for every output pixel, a column for every filter.
-// Tiles of kTileM x tile_k are numbered filters first: neighbours share their input.
+// Tiles of kTileM x tile_k are numbered filters first: neighbours share their input. In pairs, two
+// tiles below each other have neighbouring numbers: they share their filters. The second of a pair
+// may lie below the last row.
 struct ConvTiles {
   static constexpr int kTileM = 128;
   static constexpr int kChunk = 64;  // input channels of a step: 128 bytes, a swizzled row
 
-  int tile_k, down, across;
+  int tile_k, down, across, paired;  // 0 or 1
 
-  static ConvTiles of(const ConvShape& shape, int tile_k) {
+  static ConvTiles of(const ConvShape& shape, int tile_k, bool paired = false) {
     return {tile_k, static_cast<int>(ceil_div(shape.pixels(), kTileM)),
-            static_cast<int>(ceil_div(shape.k, tile_k))};
+            static_cast<int>(ceil_div(shape.k, tile_k)), paired};
   }
 
-  __host__ __device__ int count() const { return down * across; }
+  __host__ __device__ int count() const { return (down + (down & paired)) * across; }
+
+  __host__ __device__ int row(int tile) const {
+    return ((tile >> paired) / across << paired) + (tile & paired);
+  }
 
   // First output pixel and filter of a tile.
-  __host__ __device__ int pixel(int tile) const { return tile / across * kTileM; }
-  __host__ __device__ int filter(int tile) const { return tile % across * tile_k; }
+  __host__ __device__ int pixel(int tile) const { return row(tile) * kTileM; }
+  __host__ __device__ int filter(int tile) const { return (tile >> paired) % across * tile_k; }
 
   // Output pixels of a tile.
   __host__ __device__ int rows(const ConvShape& shape, int tile) const {
     const int64_t left = shape.pixels() - pixel(tile);
-    return left < kTileM ? static_cast<int>(left) : kTileM;
+    return left < 0 ? 0 : left < kTileM ? static_cast<int>(left) : kTileM;
   }
 };
 
@@ -89,7 +95,7 @@ __host__ __device__ inline int steps_of(const ConvShape& shape) {
 // Something to compute, whole 16-byte packs of channels, pixels that 32 bits can count.
 inline bool fits_packs(const ConvShape& s) {
   return s.c % 8 == 0 && s.k % 8 == 0 && s.c > 0 && s.k > 0 && s.r > 0 && s.s > 0 && s.n > 0 &&
-         s.p() > 0 && s.q() > 0 && s.pixels() <= INT32_MAX - ConvTiles::kTileM;
+         s.p() > 0 && s.q() > 0 && s.pixels() <= INT32_MAX - 2 * ConvTiles::kTileM;
 }
 
 // What the tensor maps of the im2col kind can say besides: corners of a signed and offsets of an
@@ -101,15 +107,20 @@ inline bool fits_im2col(const ConvShape& s) {
          s.reach_h() < 256 && s.reach_w() < 256 && s.stride.h <= 8 && s.stride.w <= 8;
 }
 
+// Whether the tiles of sm_90's kernel come in pairs, each of which loads half of the filters for
+// both: what a multiprocessor gets of the cache is less than its tensor cores could use.
+constexpr bool are_paired(int tile_k) { return tile_k > 64; }
+
 // Filters of a tile, `most` or less: those with which the multiprocessors, that compute a tile at a
 // time, have to load the least. Wide tiles share more of the input, narrow ones waste less of the
-// last round.
-inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most) {
+// last round. `pairs`: where they come in pairs.
+inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most, bool pairs) {
   int best = 64;
   int64_t least = INT64_MAX;
-  for (int tile : {256, 128, 64}) {
-    const int64_t rounds = ceil_div(ConvTiles::of(s, tile).count(), multiprocessors);
-    const int64_t cost = rounds * (ConvTiles::kTileM + tile);
+  for (int tile : {64, 128, 256}) {
+    const bool paired = pairs && are_paired(tile);
+    const int64_t rounds = ceil_div(ConvTiles::of(s, tile, paired).count(), multiprocessors);
+    const int64_t cost = rounds * (ConvTiles::kTileM + (paired ? tile / 2 : tile));
     if (tile <= most && cost < least) best = tile, least = cost;
   }
   return best;

@@ -18,17 +18,30 @@ struct Stage {
   }
 };
 
-// A stage is full when its bytes are there, empty when the eight warps are done with it.
-template <int kStages>
+// A stage is full when its bytes are there, empty when the eight warps of each block that gets a
+// part of it are done with it: in a cluster, with the same stage of every block.
+template <int kStages, int kCluster = 1>
 __device__ void init_ring(uint64_t* full, uint64_t* empty) {
-  for (int i = 0; i < kStages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], 8);
+  for (int i = 0; i < kStages; ++i) {
+    barrier_init(&full[i], 1);
+    barrier_init(&empty[i], 8 * kCluster);
+  }
+}
+
+// One of those warps is done.
+template <int kCluster>
+__device__ void release(uint64_t* empty) {
+  if constexpr (kCluster == 1)
+    barrier_arrive(empty);
+  else
+    for (int rank = 0; rank < kCluster; ++rank) barrier_arrive(empty, rank);
 }
 
 // sum = the products of `steps` stages, 64 of the inner dimension each, one warpgroup's rows.
 // a(stage) and b(stage) describe the operands, once prepare(stage) was called. A product's 16 of
 // the inner dimension are 32 bytes of a row or, transposed, 16 rows of 128 bytes.
-template <typename T, bool kTransposed, int kStages, int HALF, typename Prepare, typename A,
-          typename B>
+template <typename T, bool kTransposed, int kStages, int kCluster = 1, int HALF, typename Prepare,
+          typename A, typename B>
 __device__ void multiply(uint64_t* full, uint64_t* empty, float (&sum)[HALF], Stage& stage,
                          int steps, int lane, Prepare prepare, A a, B b) {
   constexpr int kAdvance = (kTransposed ? 16 * 128 : 32) >> 4;
@@ -45,13 +58,13 @@ __device__ void multiply(uint64_t* full, uint64_t* empty, float (&sum)[HALF], St
     }
     mma_commit();
     mma_wait<1>();
-    if (previous >= 0 && lane == 0) barrier_arrive(&empty[previous]);
+    if (previous >= 0 && lane == 0) release<kCluster>(&empty[previous]);
     previous = stage.index;
     stage.advance<kStages>();
   }
   mma_wait<0>();
   hold(sum);
-  if (lane == 0) barrier_arrive(&empty[previous]);
+  if (lane == 0) release<kCluster>(&empty[previous]);
 }
 
 }  // namespace fastres::cuda

@@ -181,7 +181,7 @@ void conv_wgrad_sm90_run(const Queue& queue, const ConvShape& shape, const ConvW
   const auto launch = [&](auto tile, auto prologue) {
     constexpr int kTileK = decltype(tile)::value;
     queue.with_shared(conv_wgrad_sm90<T, kTileK, decltype(prologue)::value>, tiles.blocks(),
-                      kConvThreads, sizeof(WgradMemory<kTileK>), grad, x, shape, tiles, w);
+                      kConvThreads, sizeof(WgradMemory<kTileK>), 1, grad, x, shape, tiles, w);
   };
   const auto launch_tile = [&](auto prologue) {
     if (tiles.tile_k == 256)

@@ -18,28 +18,35 @@ class Queue {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
                   const Arguments&... arguments) const {
-    launch(kernel, blocks, threads, 0, arguments...);
+    launch(kernel, blocks, threads, 0, 1, arguments...);
   }
 
-  // With dynamic shared memory, more than the 48 KB that every kernel may have.
+  // With dynamic shared memory, more than the 48 KB that every kernel may have, and in clusters of
+  // so many blocks.
   template <typename... Parameters, typename... Arguments>
   void with_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   const Arguments&... arguments) const {
+                   int cluster, const Arguments&... arguments) const {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes)));
-    launch(kernel, blocks, threads, bytes, arguments...);
+    launch(kernel, blocks, threads, bytes, cluster, arguments...);
   }
 
  private:
   template <typename... Parameters, typename... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes, int cluster,
               const Arguments&... arguments) const {
     if (blocks > std::numeric_limits<int32_t>::max()) {
       throw std::runtime_error(std::string(name_) + ": a launch of " + std::to_string(blocks) +
                                " blocks is too large");
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream_>>>(arguments...);
-    check(cudaGetLastError());
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads;
+    config.dynamicSmemBytes = bytes, config.stream = stream_;
+    config.attrs = &attribute, config.numAttrs = cluster > 1;
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
   void check(cudaError_t error) const {

@@ -46,6 +46,18 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
+// The same of the barrier at that place in another block of the cluster, or this one.
+__device__ inline void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Waits for the end of the phase of this parity; the one before the first has parity 1.
 __device__ inline void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
@@ -62,6 +74,19 @@ __device__ inline void barrier_wait(uint64_t* barrier, int parity) {
 // A barrier of some warps, by number; 0 is __syncthreads's.
 __device__ inline void group_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// --- clusters ---
+
+__device__ inline int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// A barrier of all threads of all blocks.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // --- tensor memory accelerator ---
@@ -82,6 +107,17 @@ __device__ inline void load_3d(void* to, const TensorMap* map, uint64_t* barrier
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// To the same place of both blocks of a cluster, whose barriers there it counts towards.
+__device__ inline void load_3d_everywhere(void* to, const TensorMap* map, uint64_t* barrier, int x,
+                                          int y, int z) {
+  constexpr uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(kBoth)
       : "memory");
 }
 

@@ -36,7 +36,7 @@ extern "C" const char* conv_fprop(const char* dtype, const int64_t* numbers, voi
 }
 
 extern "C" int choose_tile(const int64_t* numbers, int multiprocessors) {
-  return choose_tile_k(shape_of(numbers), multiprocessors, 256);
+  return choose_tile_k(shape_of(numbers), multiprocessors, 256, true);
 }
 
 extern "C" bool fits(const int64_t* numbers) { return fits_im2col(shape_of(numbers)); }

@@ -10,7 +10,7 @@
 
 namespace fastres::cuda {
 
-inline char* dynamic_shared_memory() { return emulator::shared_memory; }
+inline char* dynamic_shared_memory() { return emulator::shared_memory(); }
 
 // --- cp.async ---
 
@@ -18,7 +18,7 @@ using Copies = std::vector<std::function<void()>>;
 inline std::vector<std::deque<Copies>> copy_groups;  // of each thread; the last one is open
 
 inline std::deque<Copies>& copies_of_this_thread() {
-  if (copy_groups.size() < size_t(emulator::threads)) copy_groups.resize(emulator::threads);
+  if (copy_groups.size() < emulator::fibers.size()) copy_groups.resize(emulator::fibers.size());
   auto& mine = copy_groups[emulator::current];
   if (mine.empty()) mine.emplace_back();
   return mine;
@@ -54,14 +54,14 @@ void copies_wait() {
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   emulator::Warp& warp = emulator::warps[emulator::current / 32];
   const int lane = emulator::current % 32;
-  const auto offset = static_cast<const char*>(row) - emulator::shared_memory;
+  const auto offset = static_cast<const char*>(row) - emulator::shared_memory();
   if (offset < 0 || offset >= int64_t(emulator::kSharedBytes) || offset % 16 != 0) {
     throw std::logic_error("not a row in shared memory");
   }
   warp.slots[lane] = double(offset);
   emulator::arrive_and_wait(warp.barrier, 32);
   for (int i = 0; i < 4; ++i) {
-    const auto* values = emulator::shared_memory + int64_t(warp.slots[8 * i + lane / 4]);
+    const auto* values = emulator::shared_memory() + int64_t(warp.slots[8 * i + lane / 4]);
     std::memcpy(&to[i], values + lane % 4 * 4, sizeof(to[i]));
   }
   emulator::arrive_and_wait(warp.barrier, 32);

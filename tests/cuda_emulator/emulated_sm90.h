@@ -10,10 +10,10 @@
 
 namespace fastres::cuda {
 
-inline char* dynamic_shared() { return emulator::shared_memory; }
+inline char* dynamic_shared() { return emulator::shared_memory(); }
 
 inline uint32_t shared_address(const void* p) {
-  const auto offset = static_cast<const char*>(p) - emulator::shared_memory;
+  const auto offset = static_cast<const char*>(p) - emulator::shared_memory();
   if (offset < 0 || offset >= int64_t(emulator::kSharedBytes)) {
     throw std::logic_error("not an address in shared memory");
   }
@@ -63,14 +63,32 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
 }
 
 inline void group_sync(int number, int threads) {
-  emulator::arrive_and_wait(emulator::barriers[number], threads);
+  emulator::arrive_and_wait(emulator::this_block().barriers[number], threads);
+}
+
+// --- clusters ---
+
+inline int cluster_rank() { return emulator::current / emulator::threads; }
+
+inline void cluster_sync() {
+  arrive_and_wait(emulator::cluster_barrier, emulator::cluster * emulator::threads);
+}
+
+// What lies at the same place in another block of the cluster as `p` does in this one.
+inline char* in_block(int rank, const void* p) {
+  if (emulator::blocks[rank].running == 0) throw std::logic_error("that block has ended");
+  return emulator::blocks[rank].shared_memory + shared_address(p);
+}
+
+inline void barrier_arrive(uint64_t* barrier, int rank) {
+  barrier_arrive(reinterpret_cast<uint64_t*>(in_block(rank, barrier)));
 }
 
 // --- tensor memory accelerator ---
 
 // Swizzling by 128 bytes: bits 4-6 of an address are xored with its bits 7-9.
-inline char* swizzled(uint32_t address) {
-  return emulator::shared_memory + (address ^ (address >> 7 & 7) << 4);
+inline char* swizzled(char* shared_memory, uint32_t address) {
+  return shared_memory + (address ^ (address >> 7 & 7) << 4);
 }
 
 inline void check_map(const TensorMapFields& map, uint32_t to) {
@@ -93,24 +111,26 @@ inline uint16_t* element(const TensorMapFields& map, const int64_t* at) {
 }
 
 // One row of 64 values, those of neighbouring innermost coordinates.
-inline void load_row(const TensorMapFields& map, const int64_t* first, uint32_t to) {
+inline void load_row(const TensorMapFields& map, const int64_t* first, char* shared_memory,
+                     uint32_t to) {
   for (int i = 0; i < 64; ++i) {
     const int64_t at[4] = {first[0] + i, first[1], first[2], first[3]};
     const uint16_t* from = element(map, at);
-    *reinterpret_cast<uint16_t*>(swizzled(to + 2 * i)) = from ? *from : 0;
+    *reinterpret_cast<uint16_t*>(swizzled(shared_memory, to + 2 * i)) = from ? *from : 0;
   }
 }
 
 inline void load_im2col(void* to, const TensorMap* p, uint64_t* barrier, int c, const Window& at,
                         int tap_w, int tap_h) {
   const TensorMapFields map = *p;
+  char* const shared = emulator::shared_memory();
   const uint32_t address = shared_address(to);
   check_map(map, address);
   emulator::pending.push_back([=] {
     int64_t w = at.w, h = at.h, n = at.n;
     for (uint32_t i = 0; i < map.pixels; ++i) {
       const int64_t first[4] = {c, w + tap_w, h + tap_h, n};
-      load_row(map, first, address + 128 * i);
+      load_row(map, first, shared, address + 128 * i);
       w += map.step[1];
       if (w < int64_t(map.size[1]) + map.upper[0]) continue;
       w = map.lower[0];
@@ -123,30 +143,47 @@ inline void load_im2col(void* to, const TensorMap* p, uint64_t* barrier, int c, 
   });
 }
 
-inline void load_3d(void* to, const TensorMap* p, uint64_t* barrier, int x, int y, int z) {
+// Into one block of the cluster.
+inline void load_3d_into(int rank, void* to, const TensorMap* p, uint64_t* barrier, int x, int y,
+                         int z) {
   const TensorMapFields map = *p;
   const uint32_t address = shared_address(to);
+  auto* const there = reinterpret_cast<uint64_t*>(in_block(rank, barrier));
   check_map(map, address);
   emulator::pending.push_back([=] {
+    emulator::Block& block = emulator::blocks[rank];
+    if (block.running == 0) throw std::logic_error("a copy into a block that has ended");
     uint32_t row = 0;
     for (uint32_t k = 0; k < map.box[2]; ++k) {
       for (uint32_t j = 0; j < map.box[1]; ++j) {
         const int64_t first[4] = {x, y + int64_t(j), z + int64_t(k), 0};
-        load_row(map, first, address + 128 * row++);
+        load_row(map, first, block.shared_memory, address + 128 * row++);
       }
     }
-    barrier_complete(barrier, 128 * row);
+    barrier_complete(there, 128 * row);
   });
+}
+
+inline void load_3d(void* to, const TensorMap* p, uint64_t* barrier, int x, int y, int z) {
+  load_3d_into(cluster_rank(), to, p, barrier, x, y, z);
+}
+
+inline void load_3d_everywhere(void* to, const TensorMap* p, uint64_t* barrier, int x, int y,
+                               int z) {
+  for (int rank = 0; rank < emulator::cluster; ++rank) {
+    load_3d_into(rank, to, p, barrier, x, y, z);
+  }
 }
 
 inline void load_2d(void* to, const TensorMap* p, uint64_t* barrier, int x, int y) {
   const TensorMapFields map = *p;
+  char* const shared = emulator::shared_memory();
   const uint32_t address = shared_address(to);
   check_map(map, address);
   emulator::pending.push_back([=] {
     for (uint32_t j = 0; j < map.box[1]; ++j) {
       const int64_t first[4] = {x, y + int64_t(j), 0, 0};
-      load_row(map, first, address + 128 * j);
+      load_row(map, first, shared, address + 128 * j);
     }
     barrier_complete(barrier, 128 * map.box[1]);
   });
@@ -156,6 +193,7 @@ inline int stores_under_way;
 
 inline void store_2d(const TensorMap* p, const void* from, int x, int y) {
   const TensorMapFields map = *p;
+  char* const shared = emulator::shared_memory();
   const uint32_t address = shared_address(from);
   check_map(map, address);
   ++stores_under_way;
@@ -164,7 +202,7 @@ inline void store_2d(const TensorMap* p, const void* from, int x, int y) {
       for (int i = 0; i < 64; ++i) {
         const int64_t at[4] = {x + i, y + int64_t(j), 0, 0};
         uint16_t* to = element(map, at);
-        if (to) *to = *reinterpret_cast<uint16_t*>(swizzled(address + 128 * j + 2 * i));
+        if (to) *to = *reinterpret_cast<uint16_t*>(swizzled(shared, address + 128 * j + 2 * i));
       }
     }
     --stores_under_way;
@@ -195,7 +233,7 @@ using Group = std::vector<std::function<void()>>;
 inline std::vector<std::deque<Group>> groups;  // of each thread; the last one is open
 
 inline std::deque<Group>& groups_of_this_thread() {
-  if (groups.size() < size_t(emulator::threads)) groups.resize(emulator::threads);
+  if (groups.size() < emulator::fibers.size()) groups.resize(emulator::fibers.size());
   auto& mine = groups[emulator::current];
   if (mine.empty()) mine.emplace_back();
   return mine;
@@ -230,7 +268,7 @@ void read_operand(uint64_t descriptor, int row, float* values) {
     const uint32_t at = kTransposed
                             ? row / 64 * next_box + i / 8 * eight_rows + i % 8 * 128 + row % 64 * 2
                             : row / 8 * eight_rows + row % 8 * 128 + 2 * i;
-    values[i] = widen(*reinterpret_cast<T*>(swizzled(start + at)));
+    values[i] = widen(*reinterpret_cast<T*>(swizzled(emulator::shared_memory(), start + at)));
   }
 }
 

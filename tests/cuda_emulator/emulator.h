@@ -2,7 +2,8 @@
 //
 // The threads of a block are fibers of one CPU thread. They are resumed in a random order and run
 // until they have to wait, so a missing barrier shows as a wrong result, a barrier that not every
-// thread reaches as a deadlock, which is reported. Blocks run one after the other, in random order.
+// thread reaches as a deadlock, which is reported. Blocks run one after the other, in random order;
+// those of a cluster together.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,24 +47,37 @@ struct Barrier {
   int64_t round = 0;
 };
 
+constexpr size_t kSharedBytes = 227 << 10;
+constexpr int kMostOfACluster = 2;
+
+struct Block {
+  Barrier barriers[16];
+  int running;  // threads
+  alignas(1024) char shared_memory[kSharedBytes];
+};
+
 struct Warp {
   Barrier barrier;
   double slots[32];
 };
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kSharedBytes = 227 << 10;
 
 inline std::mt19937 random_numbers{1};
 inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
-inline int current, threads;
-inline Barrier barriers[16];
+inline int current, threads;  // the fiber that runs; threads of a block
+inline unsigned first_block;
+inline Block blocks[kMostOfACluster];
+inline int cluster;  // blocks of one
+inline Barrier cluster_barrier;
 inline std::vector<Warp> warps;
 inline std::function<void()> body;
-alignas(1024) inline char shared_memory[kSharedBytes];
 // What other units of a multiprocessor have been asked to do: done at any time.
 inline std::vector<std::function<void()>> pending;
+
+inline Block& this_block() { return blocks[current / threads]; }
+inline char* shared_memory() { return this_block().shared_memory; }
 
 inline void wait_until(Condition condition) {
   if (condition()) return;
@@ -85,6 +99,7 @@ inline void arrive_and_wait(Barrier& barrier, int expected) {
 inline void enter() {
   body();
   fibers[current].done = true;
+  --this_block().running;
   _longjmp(scheduler, 1);
 }
 
@@ -92,7 +107,8 @@ inline void resume(int thread) {
   Fiber& fiber = fibers[thread];
   fiber.waits_for = nullptr;
   current = thread;
-  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  threadIdx = {static_cast<unsigned>(thread % threads), 0, 0};
+  blockIdx = {first_block + thread / threads, 0, 0};
   if (_setjmp(scheduler) != 0) return;  // it waits, or is done
   if (fiber.started) _longjmp(fiber.place, 1);
   fiber.started = true;
@@ -119,15 +135,20 @@ inline bool do_something_pending() {
   return true;
 }
 
-inline void run_block() {
-  if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
-  warps.assign((threads + 31) / 32, Warp());
-  for (Barrier& barrier : barriers) barrier = Barrier();
-  std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in every type
-  std::vector<int> order(threads);
+inline void run_cluster() {
+  const int all = cluster * threads;
+  if (fibers.size() < static_cast<size_t>(all)) fibers.resize(all);
+  warps.assign((all + 31) / 32, Warp());
+  for (Block& block : blocks) {
+    for (Barrier& barrier : block.barriers) barrier = Barrier();
+    block.running = threads;
+    std::memset(block.shared_memory, 0xff, kSharedBytes);  // NaN in every type
+  }
+  cluster_barrier = Barrier();
+  std::vector<int> order(all);
   std::iota(order.begin(), order.end(), 0);
-  for (int i = 0; i < threads; ++i) prepare(fibers[i]);
-  for (int left = threads; left > 0;) {
+  for (int i = 0; i < all; ++i) prepare(fibers[i]);
+  for (int left = all; left > 0;) {
     bool moved = false;
     std::shuffle(order.begin(), order.begin() + left, random_numbers);
     for (int i = 0; i < left; ++i) {
@@ -149,30 +170,34 @@ struct Queue {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int block_threads,
                   const Arguments&... arguments) const {
-    threads = block_threads;
-    blockDim = dim3(threads);
-    gridDim = dim3(static_cast<unsigned>(blocks));
-    body = [&] { kernel(arguments...); };
-    std::vector<unsigned> order(blocks);
-    std::iota(order.begin(), order.end(), 0u);
-    std::shuffle(order.begin(), order.end(), random_numbers);
-    for (unsigned block : order) {
-      blockIdx = {block, 0, 0};
-      run_block();
-    }
+    with_shared(kernel, blocks, block_threads, 0, 1, arguments...);
   }
 
   template <typename... Parameters, typename... Arguments>
   void with_shared(void (*kernel)(Parameters...), int64_t blocks, int block_threads, size_t bytes,
-                   const Arguments&... arguments) const {
+                   int blocks_of_cluster, const Arguments&... arguments) const {
     if (bytes > kSharedBytes) throw std::logic_error("too much shared memory");
-    (*this)(kernel, blocks, block_threads, arguments...);
+    if (blocks % blocks_of_cluster != 0) throw std::logic_error("a cluster that is not whole");
+    threads = block_threads;
+    cluster = blocks_of_cluster;
+    blockDim = dim3(threads);
+    gridDim = dim3(static_cast<unsigned>(blocks));
+    body = [&] { kernel(arguments...); };
+    std::vector<unsigned> order(blocks / cluster);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), random_numbers);
+    for (unsigned i : order) {
+      first_block = i * cluster;
+      run_cluster();
+    }
   }
 };
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::arrive_and_wait(emulator::barriers[0], emulator::threads); }
+inline void __syncthreads() {
+  emulator::arrive_and_wait(emulator::this_block().barriers[0], emulator::threads);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
