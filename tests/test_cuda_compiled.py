@@ -120,6 +120,8 @@ def test_the_convolutions_use_hoppers_units(stem, forms):
         assert count(counter, "USETMAXREG") == 2, name
         assert count(counter, "SYNCS"), name
         assert bool(count(counter, "UTMASTG")) == (stem == "conv_fprop_sm90"), name
+        paired = stem == "conv_fprop_sm90" and "Li64E" not in name
+        assert bool(count(counter, "UTMALDG", "MULTICAST")) == paired, name
 
 
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")

@@ -22,6 +22,7 @@ constexpr int conv_cluster(int tile_k) { return are_paired(tile_k) ? 2 : 1; }
 
 template <int kTileK>
 struct ConvMemory {
+  static constexpr int kBlocks = conv_blocks(kTileK), kCluster = conv_cluster(kTileK);
   static constexpr int kStages = kTileK == 128 ? 5 : 3;
   static constexpr int kInputBytes = ConvTiles::kTileM * 128, kFilterBytes = kTileK * 128;
 
@@ -52,10 +53,10 @@ __device__ inline uint64_t operand(const char* rows) {
 template <int kTileK>
 __device__ void load_filters(char* to, const TensorMap& map, uint64_t* full, int c, int tap,
                              int filter) {
-  if constexpr (conv_cluster(kTileK) == 1) {
+  if constexpr (ConvMemory<kTileK>::kCluster == 1) {
     load_3d(to, &map, full, c, tap, filter);
   } else {
-    const int first = cluster_rank() * (kTileK / conv_cluster(kTileK));
+    const int first = cluster_rank() * (kTileK / ConvMemory<kTileK>::kCluster);
     load_3d_everywhere(to + first * 128, &map, full, c, tap, filter + first);
   }
 }
@@ -208,7 +209,7 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
     const float4 column =
         column_of<kEpilogue, kTileK>(f.epilogue, tiles.filter(tile), shape.k, threadIdx.x % 128);
     const auto products = [&](auto prepare) {
-      multiply<T, false, ConvMemory<kTileK>::kStages, conv_cluster(kTileK)>(
+      multiply<T, false, ConvMemory<kTileK>::kStages, ConvMemory<kTileK>::kCluster>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
           [&](int i) { return operand(m.input[i] + group * kBoxBytes); },
           [&](int i) { return operand(m.filter[i]); });
@@ -230,36 +231,35 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
 }
 
 template <typename T, int kTileK, Epilogue kEpilogue, bool kPrologue>
-__global__ void __launch_bounds__(kConvThreads, conv_blocks(kTileK))
+__global__ void __launch_bounds__(kConvThreads, ConvMemory<kTileK>::kBlocks)
     conv_fprop_sm90(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvFprop f,
                     const __grid_constant__ ConvShape shape, const ConvTiles tiles) {
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using M = ConvMemory<kTileK>;
-  constexpr int kCluster = conv_cluster(kTileK);
   // a block has a KB of the system's beside its own
-  static_assert(conv_blocks(kTileK) * (sizeof(M) + 1024) <= 228 * 1024, "too much shared memory");
+  static_assert(M::kBlocks * (sizeof(M) + 1024) <= 228 * 1024, "too much shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    init_ring<M::kStages, kCluster>(m.full, m.empty);
+    init_ring<M::kStages, M::kCluster>(m.full, m.empty);
     for (int i = 0; i < 2; ++i) {
       barrier_init(&m.beside_full[i], 1);
       barrier_init(&m.beside_empty[i], 1);
     }
     barriers_ready();
   }
-  if constexpr (kCluster > 1)
+  if constexpr (M::kCluster > 1)
     cluster_sync();
   else
     __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<conv_blocks(kTileK) == 2 ? 32 : 56>();
+    give_registers<M::kBlocks == 2 ? 32 : 56>();
     const bool beside = f.beside && f.grid.dense;  // else the consumers fetch it
     if (threadIdx.x == 0) conv_produce(m, maps, shape, tiles, beside);
   } else {
-    take_registers<conv_blocks(kTileK) == 2 ? 104 : 224>();
+    take_registers<M::kBlocks == 2 ? 104 : 224>();
     conv_consume<T, kEpilogue, kPrologue>(m, maps, f, shape, tiles);
   }
-  if constexpr (kCluster > 1) cluster_sync();  // the others write here until they are done
+  if constexpr (M::kCluster > 1) cluster_sync();  // the others write here until they are done
 #else
   __trap();  // the host starts it on sm_90 only
 #endif
