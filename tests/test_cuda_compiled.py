@@ -51,15 +51,31 @@ def usage(architecture: str) -> dict[str, dict[str, int]]:
 
 
 @functools.cache
-def instructions(architecture: str) -> dict[str, Counter]:
-    """How often each kernel has each instruction with its modifiers, by the kernel's mangled name."""
-    kernels, counter = {}, Counter()
+def listing(architecture: str) -> dict[str, list[str]]:
+    """Each kernel's instructions with their modifiers, by its mangled name."""
+    kernels, found = {}, []
     for line in cuobjdump("-sass", "-arch", architecture).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
-            counter = kernels.setdefault(match[1], Counter())
+            found = kernels.setdefault(match[1], [])
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            counter[match[1]] += 1
+            found.append(match[1])
     return kernels
+
+
+@functools.cache
+def instructions(architecture: str) -> dict[str, Counter]:
+    """How often each kernel has each of them."""
+    return {name: Counter(found) for name, found in listing(architecture).items()}
+
+
+def most_loads_at_once(names: list[str]) -> int:
+    """The longest run of loads of 16 bytes with no store or jump back between them."""
+    marks = "".join(
+        "L" if name.startswith("LDG") and "128" in name else "S"
+        for name in names
+        if name.startswith(("LDG", "STG", "BRA"))
+    )
+    return max(map(len, re.findall("L+", marks)), default=0)
 
 
 def count(counter: Counter, opcode: str, *modifiers: str) -> int:
@@ -104,6 +120,14 @@ def test_wide_accesses_and_no_local_memory(architecture):
         if stem in STORES:
             assert count(counter, "STG", "128"), name
     assert set(seen) == set(WIDE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loads_are_under_way_together(architecture):
+    """One load of 16 bytes a thread does not keep a memory busy that answers after a microsecond."""
+    for name, names in listing(architecture).items():
+        if "bn_relu" in name and any(w in name for w in WIDE) and re.search("Li[842]ELb1", name):
+            assert most_loads_at_once(names) >= 4, name
 
 
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for 9.0")

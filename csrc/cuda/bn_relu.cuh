@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     pivot[j] /= pivot[kChannels];
     if (!(fabs(pivot[j]) < A(INFINITY))) pivot[j] = 0;  // else x - pivot would be NaN
   }
-  walk.for_each([&](int64_t offset) {
-    const auto values = load<N>(x + offset);
+  const auto read = [&](int64_t offset) { return load<N>(x + offset); };
+  walk.template for_each<4>(read, [&](int64_t, const Pack<T, N>& values) {
     for (int j = 0; j < N; ++j) {
       const A deviation = widen(values.value[j]) - pivot[j % kChannels];
       sum[j % kChannels] += deviation;
@@ -103,13 +103,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!walk.serves()) return;
   Coefficients<A> k[W::kChannels];
   for (int j = 0; j < W::kChannels; ++j) k[j] = coefficients(vectors, walk.channel() + j);
-  walk.for_each([&](int64_t offset) {
-    const auto in = load<N>(x + offset);
-    const auto skip = residual ? load<N>(residual + offset) : Pack<T, N>{};
+  struct Operands {
+    Pack<T, N> x, residual;
+  };
+  const auto read = [&](int64_t offset) {
+    return Operands{load<N>(x + offset), residual ? load<N>(residual + offset) : Pack<T, N>{}};
+  };
+  walk.template for_each<4>(read, [&](int64_t offset, const Operands& in) {
     Pack<T, N> out;
     for (int j = 0; j < N; ++j) {
-      A value = k[j % W::kChannels](widen(in.value[j]));
-      if (residual) value += widen(skip.value[j]);
+      A value = k[j % W::kChannels](widen(in.x.value[j]));
+      if (residual) value += widen(in.residual.value[j]);
       if (relu && value <= 0) value = 0;  // NaN stays
       narrow(value, out.value[j]);
     }

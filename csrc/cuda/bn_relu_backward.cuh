@@ -5,6 +5,18 @@
 
 namespace fastres::cuda {
 
+// What backward reads of a place.
+template <typename T, int N>
+struct Read {
+  Pack<T, N> x, dy, y;  // y where the mask is made of it
+
+  __device__ Read() = default;
+  __device__ Read(const Gradients<T>& p, Mask mask, int64_t offset)
+      : x(load<N>(p.input + offset)),
+        dy(load<N>(p.grad_output + offset)),
+        y(mask == Mask::kFromOutput ? load<N>(p.output + offset) : Pack<T, N>{}) {}
+};
+
 // The gradient that ReLU let pass; where the output is NaN it passes.
 template <typename T, typename A>
 __device__ A masked(T grad_output, T input, T output, const Coefficients<A>& k, Mask mask) {
@@ -29,14 +41,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (walk.serves()) {
     for (int j = 0; j < kChannels; ++j) k[j] = coefficients(vectors, walk.channel() + j);
   }
-  walk.for_each([&](int64_t offset) {
-    const auto x = load<N>(p.input + offset), dy = load<N>(p.grad_output + offset);
-    const auto y = mask == Mask::kFromOutput ? load<N>(p.output + offset) : Pack<T, N>{};
+  const auto read = [&](int64_t offset) { return Read<T, N>(p, mask, offset); };
+  walk.template for_each<2>(read, [&](int64_t offset, const Read<T, N>& in) {
     Pack<T, N> passed;
     for (int j = 0; j < N; ++j) {
-      const A g = masked(dy.value[j], x.value[j], y.value[j], k[j % kChannels], mask);
+      const A g = masked(in.dy.value[j], in.x.value[j], in.y.value[j], k[j % kChannels], mask);
       sum_g[j % kChannels] += g;
-      sum_gx[j % kChannels] += g * (widen(x.value[j]) - k[j % kChannels].mean);
+      sum_gx[j % kChannels] += g * (widen(in.x.value[j]) - k[j % kChannels].mean);
       narrow(g, passed.value[j]);
     }
     if (p.grad_residual) store<N>(p.grad_residual + offset, passed);
@@ -92,16 +103,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     k[j] = coefficients(vectors, walk.channel() + j);
     if (slopes) s[j] = slopes[walk.channel() + j];
   }
-  walk.for_each([&](int64_t offset) {
-    const auto x = load<N>(p.input + offset), dy = load<N>(p.grad_output + offset);
-    const auto y = mask == Mask::kFromOutput ? load<N>(p.output + offset) : Pack<T, N>{};
+  const auto read = [&](int64_t offset) { return Read<T, N>(p, mask, offset); };
+  walk.template for_each<2>(read, [&](int64_t offset, const Read<T, N>& in) {
     Pack<T, N> dx, passed;
     for (int j = 0; j < N; ++j) {
       const Coefficients<A>& c = k[j % kChannels];
-      A g = masked(dy.value[j], x.value[j], y.value[j], c, mask);
+      A g = masked(in.dy.value[j], in.x.value[j], in.y.value[j], c, mask);
       narrow(g, passed.value[j]);
       if (slopes)
-        g -= s[j % kChannels].offset + (widen(x.value[j]) - c.mean) * s[j % kChannels].slope;
+        g -= s[j % kChannels].offset + (widen(in.x.value[j]) - c.mean) * s[j % kChannels].slope;
       narrow(c.scale * g, dx.value[j]);
     }
     if (p.grad_residual) store<N>(p.grad_residual + offset, passed);

@@ -45,22 +45,21 @@ class Walk {
   // Whether the channels exist: the last block of channels may have too many threads.
   __device__ bool serves() const { return channel_ < cut_.activation.channels; }
 
-  // f(offset) for every pack of this thread.
-  template <typename F>
-  __device__ void for_each(F f) const {
+  // use(offset, load(offset)) for every pack of this thread, kBatch loads before the first use:
+  // that keeps the memory busy. The compiler, which sees stores between, may not do so.
+  template <int kBatch, typename Load, typename Use>
+  __device__ void for_each(Load load, Use use) const {
     if (!serves()) return;
     const Activation& a = cut_.activation;
     const Segment s = cut_.segment(index_);
     if constexpr (kSideBySide) {
-#pragma unroll 4
-      for (int64_t row = s.top + y_; row < s.bottom; row += cut_.tile.down) {
-        f(row * a.channels + channel_);
-      }
+      const int64_t step = cut_.tile.down * a.channels, first = s.top * a.channels + channel_;
+      in_batches<kBatch>(first + y_ * a.channels, s.bottom * a.channels, step, load, use);
     } else {
       for (int64_t image = s.top + y_; image < s.bottom; image += cut_.tile.down) {
         const int64_t plane = (image * a.channels + channel_) * a.inner;
-#pragma unroll 4
-        for (int64_t i = s.left + x_; i < s.right; i += cut_.tile.across) f(plane + i * N);
+        in_batches<kBatch>(plane + (s.left + x_) * N, plane + s.right * N, cut_.tile.across * N,
+                           load, use);
       }
     }
   }
@@ -82,6 +81,18 @@ class Walk {
   __device__ bool writes() const { return threadIdx.x < stride() && serves(); }
 
  private:
+  template <int kBatch, typename Load, typename Use>
+  __device__ static void in_batches(int64_t at, int64_t end, int64_t step, Load load, Use use) {
+    for (; at + (kBatch - 1) * step < end; at += kBatch * step) {
+      decltype(load(at)) values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) values[i] = load(at + i * step);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) use(at + i * step, values[i]);
+    }
+    for (; at < end; at += step) use(at, load(at));
+  }
+
   const Cut& cut_;
   uint32_t index_;
   int64_t channel_;
