@@ -27,9 +27,10 @@ struct WgradTiles {
     const int64_t all = ceil_div(shape.pixels(), kPixels);
     for (int tile_k : {256, 128, 64}) {
       WgradTiles t = cut(shape, tile_k);
-      // Some rounds of blocks, of shares that are worth their sum.
-      const int64_t most = std::min<int64_t>(4 * multiprocessors / t.tiles() + 1, ceil_div(all, 8));
-      for (int64_t wanted = 1; wanted <= most; ++wanted) {
+      for (int round = 1; round <= 4; ++round) {
+        // As many shares as so many rounds of blocks can have, but worth their sum.
+        const int64_t wanted = std::clamp<int64_t>(round * multiprocessors / t.tiles(), 1,
+                                                   std::max<int64_t>(all / 8, 1));
         t.steps = static_cast<int>(ceil_div(all, wanted));
         t.shares = static_cast<int>(ceil_div(all, t.steps));
         const double cost = t.cost(shape, multiprocessors);
