@@ -5,17 +5,17 @@
 
 namespace fastres::cuda {
 
-// What backward reads of a place.
+// What backward reads of a place; y where the mask is made of it.
 template <typename T, int N>
-struct Read {
-  Pack<T, N> x, dy, y;  // y where the mask is made of it
-
-  __device__ Read() = default;
-  __device__ Read(const Gradients<T>& p, Mask mask, int64_t offset)
-      : x(load<N>(p.input + offset)),
-        dy(load<N>(p.grad_output + offset)),
-        y(mask == Mask::kFromOutput ? load<N>(p.output + offset) : Pack<T, N>{}) {}
+struct Operands {
+  Pack<T, N> x, dy, y;
 };
+
+template <int N, typename T>
+__device__ Operands<T, N> operands_at(const Gradients<T>& p, Mask mask, int64_t offset) {
+  return {load<N>(p.input + offset), load<N>(p.grad_output + offset),
+          mask == Mask::kFromOutput ? load<N>(p.output + offset) : Pack<T, N>{}};
+}
 
 // The gradient that ReLU let pass; where the output is NaN it passes.
 template <typename T, typename A>
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (walk.serves()) {
     for (int j = 0; j < kChannels; ++j) k[j] = coefficients(vectors, walk.channel() + j);
   }
-  const auto read = [&](int64_t offset) { return Read<T, N>(p, mask, offset); };
-  walk.template for_each<2>(read, [&](int64_t offset, const Read<T, N>& in) {
+  const auto read = [&](int64_t offset) { return operands_at<N>(p, mask, offset); };
+  walk.template for_each<2>(read, [&](int64_t offset, const Operands<T, N>& in) {
     Pack<T, N> passed;
     for (int j = 0; j < N; ++j) {
       const A g = masked(in.dy.value[j], in.x.value[j], in.y.value[j], k[j % kChannels], mask);
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     k[j] = coefficients(vectors, walk.channel() + j);
     if (slopes) s[j] = slopes[walk.channel() + j];
   }
-  const auto read = [&](int64_t offset) { return Read<T, N>(p, mask, offset); };
-  walk.template for_each<2>(read, [&](int64_t offset, const Read<T, N>& in) {
+  const auto read = [&](int64_t offset) { return operands_at<N>(p, mask, offset); };
+  walk.template for_each<2>(read, [&](int64_t offset, const Operands<T, N>& in) {
     Pack<T, N> dx, passed;
     for (int j = 0; j < N; ++j) {
       const Coefficients<A>& c = k[j % kChannels];

@@ -55,10 +55,11 @@ struct TileSums {
 // A warp's 16 rows of the tile, from `column` on, and where they lie in shared memory.
 class Strip {
  public:
-  __device__ Strip(int number, int column, int64_t rows_of_tile, char* half)
-      : number(number), column_(column), lane_(threadIdx.x % 32) {
-    const int64_t left = rows_of_tile - number * 16;
-    rows_ = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+  __device__ Strip(int number, int column, int rows_of_tile, char* half)
+      : number(number),
+        column_(column),
+        lane_(threadIdx.x % 32),
+        rows_(rows_of_tile - number * 16) {
     turn_ = lane_ / 4 ^ column / 8 % 8;
     place_ = half + column / 64 * kBoxBytes + (number % 4 * 16 + lane_ / 4) * 128 + lane_ % 4 * 4;
   }
@@ -108,7 +109,8 @@ class Strip {
     }
   }
 
-  int column_, lane_, rows_, turn_;
+  int column_, lane_, rows_;  // may be less than 0, or more than 16
+  int turn_;
   char* place_;
 };
 

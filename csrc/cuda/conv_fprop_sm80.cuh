@@ -187,9 +187,10 @@ __device__ void portable_finish(PortableMemory<kTileK>& m, float (&sum)[2][kTile
   }
 }
 
-// Blocks of a multiprocessor: for two, sm_100's prologue would be a register short, and spill it.
+// Blocks of a multiprocessor: for two, the prologue would be a register short from sm_90 on, and
+// spill it.
 constexpr int portable_blocks([[maybe_unused]] bool prologue) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return prologue ? 1 : 2;
 #else
   return 2;
