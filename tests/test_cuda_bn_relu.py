@@ -211,6 +211,11 @@ def test_a_missing_barrier_is_seen():
     assert not library.reversal(False, 1000)  # other values than those that lie there already
     library.half_of_a_block.restype = ctypes.c_char_p
     assert library.half_of_a_block() == b"deadlock"
+    library.cluster.restype = ctypes.c_char_p
+    assert library.cluster(True, True) == b"done"
+    assert library.cluster(False, True) == b"deadlock"
+    # the first block may have ended when the second one arrives there
+    assert b"that block has ended" in {library.cluster(True, False) for _ in range(50)}
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

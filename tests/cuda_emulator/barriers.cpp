@@ -1,4 +1,5 @@
 // Kernels by which the tests look at the emulator itself.
+#include "../../csrc/cuda/sm90.cuh"
 #include "emulator.h"
 
 namespace {
@@ -16,6 +17,30 @@ void wait_in_half() {
   if (threadIdx.x < kThreads / 2) __syncthreads();
 }
 
+// Two blocks of a cluster wait for each other's arrival; in the end they wait for all, or do not.
+void meet(bool arrive, bool together) {
+  using namespace fastres::cuda;
+  auto* barrier = reinterpret_cast<uint64_t*>(dynamic_shared());
+  if (threadIdx.x == 0) barrier_init(barrier, 1);
+  cluster_sync();
+  if (threadIdx.x == 0 && (arrive || cluster_rank() == 0)) {
+    barrier_arrive(barrier, 1 - cluster_rank());
+  }
+  if (cluster_rank() == 1 || together) barrier_wait(barrier, 0);
+}
+
+template <typename F>
+const char* outcome_of(F run) {
+  static std::string message;
+  try {
+    run();
+    message = "done";
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
 }  // namespace
 
 extern "C" bool reversal(bool barrier, int first) {
@@ -29,12 +54,10 @@ extern "C" bool reversal(bool barrier, int first) {
 }
 
 extern "C" const char* half_of_a_block() {
-  static std::string message;
-  try {
-    emulator::Queue()(wait_in_half, 1, kThreads);
-    message = "done";
-  } catch (const std::exception& error) {
-    message = error.what();
-  }
-  return message.c_str();
+  return outcome_of([] { emulator::Queue()(wait_in_half, 1, kThreads); });
+}
+
+extern "C" const char* cluster(bool arrive, bool together) {
+  return outcome_of(
+      [=] { emulator::Queue().with_shared(meet, 4, kThreads, 8, 2, arrive, together); });
 }

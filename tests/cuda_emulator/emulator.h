@@ -13,12 +13,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #undef __shared__
@@ -73,6 +75,7 @@ inline int cluster;  // blocks of one
 inline Barrier cluster_barrier;
 inline std::vector<Warp> warps;
 inline std::function<void()> body;
+inline std::exception_ptr failure;  // of a fiber
 // What other units of a multiprocessor have been asked to do: done at any time.
 inline std::vector<std::function<void()>> pending;
 
@@ -97,7 +100,11 @@ inline void arrive_and_wait(Barrier& barrier, int expected) {
 }
 
 inline void enter() {
-  body();
+  try {
+    body();
+  } catch (...) {
+    failure = std::current_exception();  // thrown on by the scheduler: this stack has no caller
+  }
   fibers[current].done = true;
   --this_block().running;
   _longjmp(scheduler, 1);
@@ -155,6 +162,7 @@ inline void run_cluster() {
       Fiber& fiber = fibers[order[i]];
       if (fiber.waits_for && !fiber.waits_for()) continue;
       resume(order[i]);
+      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
       moved = true;
       if (fiber.done) std::swap(order[i--], order[--left]);
       if (random_numbers() % 8 == 0) do_something_pending();
@@ -178,6 +186,7 @@ struct Queue {
                    int blocks_of_cluster, const Arguments&... arguments) const {
     if (bytes > kSharedBytes) throw std::logic_error("too much shared memory");
     if (blocks % blocks_of_cluster != 0) throw std::logic_error("a cluster that is not whole");
+    pending.clear();  // what a launch that failed left
     threads = block_threads;
     cluster = blocks_of_cluster;
     blockDim = dim3(threads);
