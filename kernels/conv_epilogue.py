@@ -16,32 +16,32 @@ def finish(
     residual,  # (pixels, K) or None
     means,  # (tiles of pixels, K) or None
     squares,  # (tiles of pixels, K) or None
+    counts,  # (tiles of pixels,) or None
     m,  # tile of pixels
     pixel,  # (BLOCK_M,)
+    inside,  # (BLOCK_M,) whether there is such a pixel
+    count,  # of those that there are
     k,  # (BLOCK_N,) filters
     k_known,  # (BLOCK_N,)
-    pixels,
     filters,
     eps,
     RELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
 ):
     """``act(norm(acc + bias) + residual)``.
 
     ``means`` and ``squares`` get the mean of a tile's pixels and the sum of squared deviations from
-    it, of ``acc + bias`` in fp32, before it is rounded.
+    it, of ``acc + bias`` in fp32, before it is rounded; ``counts`` their number.
     """
-    inside = pixel < pixels
     if bias is not None:
         acc += tl.load(bias + k, mask=k_known, other=0).to(tl.float32)[None, :]
     if means is not None:
-        count = tl.minimum(pixels - m * BLOCK_M, BLOCK_M).to(tl.float32)
-        average = tl.sum(tl.where(inside[:, None], acc, 0), 0) / count
+        average = tl.sum(tl.where(inside[:, None], acc, 0), 0) / count.to(tl.float32)
         deviation = tl.where(inside[:, None], acc - average[None, :], 0)
         # a second look, not a sum of squares: a mean of 1e4 would drown a deviation of 1
         square = tl.sum(deviation * deviation, 0)
         tl.store(means + m * filters + k, average, mask=k_known)
         tl.store(squares + m * filters + k, square, mask=k_known)
+        tl.store(counts + m, count.to(tl.float32))  # by every block of filters the same
     if variance is not None:
         factor = 1 / tl.sqrt(tl.load(variance + k, mask=k_known, other=1).to(tl.float32) + eps)
         if scale is not None:

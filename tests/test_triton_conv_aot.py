@@ -72,15 +72,21 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
         yield case(
             "fprop prologue", "prologue", launch.fprop, x, w, prologue=affine, statistics=True
         )
-        if size == 1:
-            # differs in its addresses, and those two load both operands both ways
-            for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
-                yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
+        for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
+            yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
+        if size == 1:  # differs in its addresses, and those two load both operands both ways
             continue
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
         yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
         yield case("wgrad prologue", "wgrad", launch.wgrad, x, x, w.shape, prologue=affine)
+    strided = {"stride": (2, 2), "padding": (1, 1)}
+    yield Case(
+        "fprop descriptors 3x3/2", "descriptors",
+        lambda tile: launch.fprop(
+            x, activation(256, 256, 3, 3), **strided, statistics=True, tile=tile
+        ),
+    )  # fmt: skip
     image, w, map_ = (
         activation(256, 3, 224, 224),
         activation(64, 3, 7, 7),
@@ -215,9 +221,9 @@ def test_fp32(kind, allow_tf32):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_merging(architecture):
     """What a large map's statistics and a small weight's splits go through."""
-    means, wide = (empty(6272, columns, dtype=torch.float32) for columns in (64, 4096))
+    wide = empty(6272, 4096, dtype=torch.float32)
     with aot.recorded() as launches:
-        segments.merge_moments(segments.Moments(means, means, 128), 802816, lambda kernel: kernel)
+        segments.merge_moments(segments.Moments.empty(wide, 6272, 64), lambda kernel: kernel)
         segments.merge_sums(wide, 1, torch.bfloat16, lambda kernel: kernel)
     assert len(launches) == 2
     for made in launches:

@@ -2,15 +2,17 @@
 in Triton's cache then, and the sections that time need not wait for it."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 
 import torch
 from cases import Convolution, convolutions
-from fastres.kernels import configs
+from fastres.kernels import configs, conv_descriptors
 from fastres.kernels.conv_dgrad import Behind, dgrad
 from fastres.kernels.conv_fprop import fprop
 from fastres.kernels.conv_operands import Affine, Norm
+from fastres.kernels.conv_shape import Shape
 from fastres.kernels.conv_wgrad import wgrad
 
 BATCH = 16  # sizes divisible by 16 are compiled alike
@@ -34,21 +36,19 @@ def run(emit, budget, device) -> None:
 
 def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> int:
     """Launches every kernel in every tile that may be tried for ``conv``; gives their number."""
+    from .convolutions import BATCH as MEASURED
     from .convolutions import Problem
 
     problem = Problem(conv, batch, torch.device(device))
     x, w, dy, window = problem.x, problem.w, problem.dy, problem.window
-    norm = Norm(problem.mean, problem.var, problem.scale, problem.shift, 1e-5)
-    epilogue = {"norm": norm, "residual": problem.residual, "relu": conv.relu}
     tiles = configs.TILES[configs.architecture(x.device)]
     flat = conv.cin <= 8
-    launches = [
-        (kind, lambda tile, keywords=keywords: fprop(x, w, *window, tile=tile, **keywords))
-        for keywords, kind in ((epilogue, "plain"), ({"statistics": True}, "statistics"))
-        for kind in (["flat"] if flat else [kind])
-    ]
-    if conv.kernel == conv.stride == 1:
-        launches += [("descriptors", call) for _, call in launches[:2]]
+    launches = [("flat" if flat else kind, call) for kind, call in _outputs(problem)]
+    shape = Shape.of(x.shape, w.shape, *window)
+    if tiles["descriptors"] and not conv_descriptors.obstacle(shape, window[3], None, x, w):
+        # boxes are chosen by the batch
+        measured = Problem(conv, MEASURED, torch.device(device))
+        launches += [("descriptors", call) for _, call in _outputs(measured)]
     launches.append(("plain", lambda tile: dgrad(dy, w, x.shape, *window, tile=tile)))
     launches.append(("wgrad", lambda tile: wgrad(dy, x, w.shape, *window, tile=tile)))
     if not flat:
@@ -60,6 +60,20 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
                 call(tile)
                 done += 1
     return done
+
+
+def _outputs(problem) -> list:
+    """In eval, and with the batch's statistics."""
+    norm = Norm(problem.mean, problem.var, problem.scale, problem.shift, 1e-5)
+    epilogue = {"norm": norm, "residual": problem.residual, "relu": problem.conv.relu}
+    return [
+        (kind, functools.partial(_output, problem, keywords))
+        for kind, keywords in (("plain", epilogue), ("statistics", {"statistics": True}))
+    ]
+
+
+def _output(problem, keywords: dict, tile) -> None:
+    fprop(problem.x, problem.w, *problem.window, tile=tile, **keywords)
 
 
 def _of_a_chain(problem) -> list:
