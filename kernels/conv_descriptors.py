@@ -1,54 +1,25 @@
-"""Convolutions on tensor descriptors: Hopper's and Blackwell's way of copying tiles into shared
-memory (TMA), without an address a thread.
+"""The convolution and its gradient of the input on tensor descriptors, see ``conv_boxes``.
 
-A tile is a box of output pixels: some images, rows and columns. What a tap of the filter makes of it
-is a box of the input, moved by the tap; what lies outside the map reads as 0, which is the padding.
-
-A grid of as many programs as there are multiprocessors walks over all tiles, so that the next
-tile's copies begin while the last one's sums are stored. Not the shipped choice: ``tuning`` may
-choose it where it was measured to be faster.
+Not the shipped choice: ``tuning`` may choose it where it was measured to be faster.
 """
 
-import contextvars
-import functools
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_epilogue import finish
+from . import conv_boxes
+from .conv_boxes import Extent, accumulate_boxes, boxed, boxes_of, corner_of, pixels_of
+from .conv_epilogue import finish, finish_gradient
 from .conv_operands import Affine
-from .conv_shape import Shape, flat_channels
+from .conv_shape import Class, Shape, flat_channels
 from .conv_tile import place_of
-from .layout import multiprocessors
 
-_ALIGNMENT = 16  # bytes, of a descriptor's tensor and of all its strides
-
-
-@functools.cache
-def box_of(images: int, rows: int, columns: int, pixels: int) -> tuple[int, int, int]:
-    """Images, rows and columns, powers of 2, of the box of ``pixels`` that cuts such maps into the
-    fewest; of several the one that is nearest to a square, whose taps read most from L2."""
-    powers = [1 << i for i in range(pixels.bit_length())]
-    boxes = [(pixels // (p * q), p, q) for p in powers for q in powers if p * q <= pixels]
-    extent = images, rows, columns
-    return min(boxes, key=lambda box: (_boxes(extent, box), 1 / box[1] + 1 / box[2]))
+# --- forward --------------------------------------------------------------------------------------
 
 
-def _boxes(extent: tuple[int, int, int], box: tuple[int, int, int]) -> int:
-    """How many it takes."""
-    return math.prod(triton.cdiv(length, side) for length, side in zip(extent, box, strict=True))
-
-
-def _box_of_launch(given: dict) -> tuple[int, int, int]:
-    return box_of(*(given[name] for name in ("images", "out_height", "out_width", "BLOCK_M")))
-
-
-@triton.heuristics({"BOX": _box_of_launch})
+@boxed("out_height", "out_width")
 @triton.jit
-def descriptors_kernel(
+def fprop_descriptors_kernel(
     x,  # (N, H, W, C)
     w,  # (K, R, S, C)
     y,  # (N, P, Q, K)
@@ -84,121 +55,166 @@ def descriptors_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """As ``fprop_kernel``, see there.
-
-    Input pixel (h, w) is (h // STRIDE_H, w // STRIDE_W) of those that leave the same remainders, and
-    one step further in memory for each of these: every tap of a box reads neighbours then, and 0
-    outside the map, which the strides must divide.
-
-    The product is ``filters @ pixels``: Hopper's takes its first operand through registers unless
-    that comes as it was copied, and boxes are reshaped.
-    """
-    line = tl.cast(width, tl.int64) * channels
-    activations = tl.make_tensor_descriptor(
-        x,
-        [
-            images, height // STRIDE_H, width // STRIDE_W,
-            (STRIDE_H - 1) * width + STRIDE_W, channels,
-        ],
-        [height * line, STRIDE_H * line, STRIDE_W * channels, channels, 1],
-        [BOX[0], BOX[1], BOX[2], 1, BLOCK_K],
-    )  # fmt: skip
+    """As ``fprop_kernel``, see there."""
+    activations = boxes_of(x, images, height, width, channels, STRIDE_H, STRIDE_W, BOX, BLOCK_K)
     weights = tl.make_tensor_descriptor(
-        w, [R * S, filters, channels], [channels, R * S * channels, 1], [1, BLOCK_N, BLOCK_K]
+        w,
+        [R, S, filters, channels],
+        [S * channels, channels, R * S * channels, 1],
+        [1, 1, BLOCK_N, BLOCK_K],
     )
-    down = tl.cdiv(out_height, BOX[1])
-    across = tl.cdiv(out_width, BOX[2])
-    row_tiles = tl.cdiv(images, BOX[0]) * down * across
+    row_tiles = tl.cdiv(images, BOX[0]) * tl.cdiv(out_height, BOX[1]) * tl.cdiv(out_width, BOX[2])
     column_tiles = tl.cdiv(filters, BLOCK_N)
-    blocks = tl.cdiv(channels, BLOCK_K)
-    within = tl.arange(0, BLOCK_M)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
     ):
         m, n = place_of(tile, row_tiles, column_tiles, GROUP_M)
-        image = m // (down * across) * BOX[0]
-        row = m // across % down * BOX[1]
-        column = m % across * BOX[2]
-        acc = tl.full([BLOCK_N, BLOCK_M], 0, tl.float32)
-        for step in range(R * S * blocks):
-            tap = step // blocks
-            channel = step % blocks * BLOCK_K
-            # of the padding (h, w) all strides' worth is added and taken off behind the division
-            h = tap // S * dilation_h + (STRIDE_H - 1) * padding_h
-            v = tap % S * dilation_w + (STRIDE_W - 1) * padding_w
-            a = activations.load(
-                [
-                    image, row + h // STRIDE_H - padding_h, column + v // STRIDE_W - padding_w,
-                    h % STRIDE_H * width + v % STRIDE_W, channel,
-                ]
-            )  # fmt: skip
-            b = weights.load([tap, n * BLOCK_N, channel])
-            acc = tl.dot(
-                tl.reshape(b, [BLOCK_N, BLOCK_K]), tl.reshape(a, [BLOCK_M, BLOCK_K]).T, acc
-            )
-        i = image + within // (BOX[1] * BOX[2])
-        p = row + within // BOX[2] % BOX[1]
-        q = column + within % BOX[2]
+        image, row, column = corner_of(m, out_height, out_width, BOX)
+        # to be divided by the stride, rows above the map are lifted by as many strides
+        acc = accumulate_boxes(
+            activations, weights, image, row - padding_h, column - padding_w, n * BLOCK_N,
+            width, channels, (STRIDE_H - 1) * padding_h, (STRIDE_W - 1) * padding_w,
+            dilation_h, dilation_w,
+            R, S, STRIDE_H, STRIDE_W, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        i, p, q, inside = pixels_of(image, row, column, images, out_height, out_width, BOX)
         count = tl.minimum(images - image, BOX[0])
         count *= tl.minimum(out_height - row, BOX[1]) * tl.minimum(out_width - column, BOX[2])
         k = n * BLOCK_N + tl.arange(0, BLOCK_N)
         finish(
-            acc.T, y, bias, mean, variance, scale, shift, residual, means, squares, counts,
-            m, (i * out_height + p) * out_width + q,
-            (i < images) & (p < out_height) & (q < out_width), count,
+            acc, y, bias, mean, variance, scale, shift, residual, means, squares, counts,
+            m, (i * out_height + p) * out_width + q, inside, count,
             k, k < filters, filters, eps, RELU,
         )  # fmt: skip
 
 
-def obstacle(
+def fprop_obstacle(
     shape: Shape, groups: int, prologue: Affine | None, x: Tensor, w: Tensor
 ) -> str | None:
     """What keeps the kernel from computing such a convolution, if anything."""
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return "a graph being traced, which would have to know of the memory that descriptors need"
     if prologue:
         return "a prologue"
     if groups > 1:
         return "groups"
     if flat_channels(groups, shape.channels):
         return "so few channels that they and the taps are one axis"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"{x.dtype}"
     if any(size % stride for size, stride in zip(shape.input[2:], shape.stride, strict=True)):
         return f"a map of {shape.input[2]}x{shape.input[3]} that its stride does not divide"
-    places = (shape.channels * x.element_size(), x.data_ptr(), w.data_ptr())
-    if any(place % _ALIGNMENT for place in places):
-        return f"pixels or addresses that are no multiples of {_ALIGNMENT} bytes"
-    return None
+    return conv_boxes.obstacle(x, w)
 
 
-def tiles_of(shape: Shape, block_m: int) -> int:
-    """How many tiles of pixels the kernel has."""
-    extent = _extent(shape, shape.output)
-    return _boxes(extent, box_of(*extent, block_m))
+def output_extent(shape: Shape) -> Extent:
+    return _extent(shape, shape.output)
 
 
-def _extent(shape: Shape, of: tuple[int, ...]) -> tuple[int, int, int]:
-    """Images, rows and columns of the input or the output; of a plain matrix product one row of all
-    pixels, which boxes cut without waste."""
+def _extent(shape: Shape, of: tuple[int, ...]) -> Extent:
+    """Of the input or the output; of a plain matrix product one row of all pixels, which boxes cut
+    without waste."""
     return (1, 1, shape.pixels) if shape.pointwise else (of[0], *of[2:])
 
 
-def launch(kernel, shape: Shape, x: Tensor, *operands, **keywords) -> None:
-    """``operands``: the kernel's others up to ``counts``; ``keywords`` has eps and the constants."""
+def launch_fprop(kernel, shape: Shape, x: Tensor, *operands, **keywords) -> None:
+    """``operands``: the kernel's others up to ``counts``; ``keywords`` has eps, RELU and the tile."""
+    conv_boxes.launch(
+        kernel, output_extent(shape), shape.filters, x, *operands,
+        *_extent(shape, shape.input), shape.channels, shape.filters, *output_extent(shape)[1:],
+        *shape.padding, *shape.dilation, R=shape.taps[0], S=shape.taps[1],
+        STRIDE_H=shape.stride[0], STRIDE_W=shape.stride[1], **keywords,
+    )  # fmt: skip
 
-    def programs(meta):
-        tiles = tiles_of(shape, meta["BLOCK_M"]) * triton.cdiv(shape.filters, meta["BLOCK_N"])
-        return (min(tiles, multiprocessors(x.device)),)
 
-    def run():
-        triton.set_allocator(lambda size, alignment, stream: x.new_empty(size, dtype=torch.int8))
-        kernel[programs](
-            x, *operands, *_extent(shape, shape.input), shape.channels, shape.filters,
-            *_extent(shape, shape.output)[1:], *shape.padding, *shape.dilation,
-            R=shape.taps[0], S=shape.taps[1], STRIDE_H=shape.stride[0], STRIDE_W=shape.stride[1],
-            **keywords,
+# --- backward -------------------------------------------------------------------------------------
+
+
+@boxed("rows", "columns")
+@triton.jit
+def dgrad_descriptors_kernel(
+    dy,  # (N, P, Q, K)
+    w,  # (K, R, S, C), from the first tap of the class
+    dx,  # (N, H, W, C), from the first pixel of the class
+    residual,  # (N, H, W, C) or None, likewise
+    behind,  # (N, H, W, C) or None, likewise
+    mean,  # (C,) or None
+    scale,  # (C,) or None
+    shift,  # (C,) or None
+    output,  # (N, H, W, C) or None, likewise
+    sums_g,  # (tiles of pixels, C) or None
+    sums_gx,  # (tiles of pixels, C) or None
+    images,
+    rows,  # of the class
+    columns,
+    height,
+    width,
+    channels,
+    filters,
+    out_height,
+    out_width,
+    stride_h,
+    stride_w,
+    offset_h,
+    offset_w,
+    step_h,
+    step_w,
+    w_row,
+    w_column,
+    w_filter,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RELU: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As ``dgrad_kernel``, see there."""
+    gradients = boxes_of(dy, images, out_height, out_width, filters, 1, 1, BOX, BLOCK_K)
+    weights = tl.make_tensor_descriptor(
+        w, [R, S, filters, channels], [w_row, w_column, w_filter, 1], [1, 1, BLOCK_K, BLOCK_N]
+    )
+    row_tiles = tl.cdiv(images, BOX[0]) * tl.cdiv(rows, BOX[1]) * tl.cdiv(columns, BOX[2])
+    column_tiles = tl.cdiv(channels, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True
+    ):
+        m, n = place_of(tile, row_tiles, column_tiles, GROUP_M)
+        image, row, column = corner_of(m, rows, columns, BOX)
+        acc = accumulate_boxes(
+            gradients, weights, image, row + offset_h, column + offset_w, n * BLOCK_N,
+            out_width, filters, 0, 0, step_h, step_w,
+            R, S, 1, 1, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        i, p, q, inside = pixels_of(image, row, column, images, rows, columns, BOX)
+        place = (i.to(tl.int64) * height + p * stride_h) * width + q * stride_w
+        c = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        finish_gradient(
+            acc, dx, residual, behind, mean, scale, shift, output, sums_g, sums_gx,
+            m, place, inside, c, c < channels, channels, RELU,
         )  # fmt: skip
 
-    # the allocator is Triton's for the context: the caller's stays what it was
-    contextvars.copy_context().run(run)
+
+def dgrad_obstacle(groups: int, classes: list[Class], dy: Tensor, w: Tensor) -> str | None:
+    """What keeps the kernel from computing such a gradient, if anything."""
+    if groups > 1:
+        return "groups"
+    if not all(part.taps[0] for part in classes):
+        return "a stride that leaves pixels without a tap"
+    return conv_boxes.obstacle(dy, w)
+
+
+def class_extent(shape: Shape, part: Class) -> Extent:
+    return (1, 1, part.pixels) if shape.pointwise else (shape.input[0], *part.grid)
+
+
+def launch_dgrad(
+    kernel, shape: Shape, part: Class, dy: Tensor, w: Tensor, *operands, **keywords
+) -> None:
+    """``operands``: the kernel's others up to ``sums_gx``; ``keywords`` has RELU and the tile."""
+    conv_boxes.launch(
+        kernel, class_extent(shape, part), shape.channels, dy, w, *operands,
+        *class_extent(shape, part), *_extent(shape, shape.input)[1:],
+        shape.channels, shape.filters, *_extent(shape, shape.output)[1:],
+        *shape.stride, *part.offset, *part.step, *part.w_steps,
+        shape.taps[0] * shape.taps[1] * shape.channels,
+        R=part.taps[0], S=part.taps[1], **keywords,
+    )  # fmt: skip

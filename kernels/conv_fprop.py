@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import configs, conv_descriptors, tuning
 from .configs import Tile
+from .conv_boxes import tiles_of
 from .conv_epilogue import finish
 from .conv_operands import (
     Affine,
@@ -128,7 +129,7 @@ def fprop(
     y = empty_last(x, shape.output)
     if not y.numel():
         return y, Moments.empty(x, 0, shape.filters) if statistics else None
-    obstacle = conv_descriptors.obstacle(shape, groups, prologue, x, w)
+    obstacle = conv_descriptors.fprop_obstacle(shape, groups, prologue, x, w)
     w = merge_groups(w, groups, merge)
     groups //= merge
     kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
@@ -152,8 +153,8 @@ def fprop(
         return moments
 
     def launch_descriptors(kernel, block_m: int, y=y, **keywords):
-        moments = moments_of(conv_descriptors.tiles_of(shape, block_m))
-        conv_descriptors.launch(
+        moments = moments_of(tiles_of(conv_descriptors.output_extent(shape), block_m))
+        conv_descriptors.launch_fprop(
             kernel, shape, x, w, y, bias, *normal, residual, *moments,
             eps=eps, RELU=relu, **keywords,
         )  # fmt: skip
@@ -162,7 +163,7 @@ def fprop(
     ways = [Way(fprop_kernel, problem, launch)]
     if obstacle is None:
         problem = problem._replace(kind="descriptors")
-        ways.append(Way(conv_descriptors.descriptors_kernel, problem, launch_descriptors))
+        ways.append(Way(conv_descriptors.fprop_descriptors_kernel, problem, launch_descriptors))
     elif tile and tile.descriptors:
         raise ValueError(f"tile: no tensor descriptors for a convolution with {obstacle}")
 
@@ -170,7 +171,7 @@ def fprop(
         way.launch(tuner, smallest(way.problem), torch.empty_like(y))
 
     with on(x):
-        key = (statistics, prologue is None, residual is None)
+        key = (shape.taps, shape.stride, statistics, prologue is None, residual is None)
         way, tile = tuning.choose(ways, key, x, measure, tile)
         kernel = way.kernel if tile.descriptors else wrap(way.kernel)
         moments = way.launch(kernel, tile.BLOCK_M, **tile.keywords)

@@ -374,6 +374,38 @@ def test_autotuning_measures_on_outputs_of_its_own(kernels, monkeypatch):
     assert len(written) == len(candidates)
 
 
+def test_autotuning_measures_every_filter_and_stride(kernels, monkeypatch):
+    """A kernel that was faster for 1x1 says nothing of 3x3, and may not compute it."""
+    tuning, measured = kernels.tuning, []
+
+    def fastest(ways, measure):
+        measured.append(len(ways))
+        return len(ways) - 1, kernels.configs.candidates(ways[-1].problem)[-1]
+
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    monkeypatch.setattr(tuning, "_measurable", lambda like: True)
+    monkeypatch.setattr(tuning, "_measured", {})
+    monkeypatch.setenv("FASTRES_AUTOTUNE", "1")
+    # one number of pixels and of channels for all; a stride of 2 does not divide the last map
+    for taps, size, stride in (
+        (1, (8, 12), 1),
+        (3, (8, 12), 1),
+        (3, (16, 24), 2),
+        (3, (15, 23), 2),
+    ):
+        # in lists, as operators are called
+        window = ([stride, stride], [taps // 2, taps // 2], [1, 1], 1)
+        case = Case((2, 16, *size, 16, (taps, taps), *window), torch.float16)
+        operands = case.x, case.w, case.dy
+        wide = [t.double() for t in operands]
+        ours, _ = kernels.launch.fprop(case.x, case.w, *window)
+        assert_close(ours, case.conv(case.x, case.w), case.conv(*wide[:2]))
+        ours, *_ = kernels.launch.dgrad(case.dy, case.w, case.x.shape, *window)
+        assert_close(ours, case.gradients(*operands)[0], case.gradients(*wide)[0], "dgrad")
+    # of the gradient both maps with a stride are one problem: their classes have as many pixels
+    assert measured == [2, 2, 2, 2, 2, 2, 1]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("name", ["ResNeXt 4", "ResNeXt 8 stride 2", "depthwise"])
 def test_nan_and_inf_stay_in_their_group(kernels, name):

@@ -74,8 +74,10 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
         )
         for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
             yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
-        if size == 1:  # differs in its addresses, and those two load both operands both ways
+        if size == 1:  # differs in its addresses, and those four load both operands both ways
             continue
+        yield case("dgrad descriptors", "descriptors", launch.dgrad, x, w, x.shape)
+        yield case("dgrad descriptors masked", "descriptors", launch.dgrad, x, w, x.shape, **behind)
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
         yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
@@ -112,12 +114,11 @@ def compiled(case: Case, tile, architecture: int):
 
 
 def matrix() -> Iterator[tuple[int, Case, configs.Tile]]:
-    """Every architecture, kernel and shipped tile; 1x1 with its first tile."""
+    """Every architecture, kernel and shipped tile; 1x1 and strides with the first tile."""
     for architecture in aot.ARCHITECTURES:
         for case in cases():
             tiles = configs.TILES[architecture][case.kind]
-            first = case.name.endswith("1x1") and case.kind != "descriptors"
-            for tile in tiles[:1] if first else tiles:
+            for tile in tiles[:1] if case.name.endswith(("1x1", "3x3/2")) else tiles:
                 yield architecture, case, tile
 
 
@@ -164,7 +165,11 @@ def test_binary(architecture, case, tile):
     assert all(found[name] for name in expected), found
     assert any(accesses(binary, ("STG",), case.store_bits))
     if case.kind == "descriptors":  # both operands come by TMA, nothing through registers
-        assert binary.count("UTMALDG") >= 2 and not binary.count("LDGSTS")
+        assert not binary.count("LDGSTS")
+        # and as many steps ahead as there are stages: their copies stand before the loop
+        assert binary.count("UTMALDG") >= 2 * tile.num_stages
+        products = [line for line in binary.sass if line.startswith("HGMMA")]
+        assert all(line.split(", ")[1].startswith("gdesc") for line in products)
     else:
         assert any(accesses(binary, ("LDG", "LDGSTS"), case.load_bits))
 
