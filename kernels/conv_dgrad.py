@@ -16,7 +16,7 @@ from . import configs, conv_boxes, conv_descriptors, tuning
 from .configs import Tile
 from .conv_epilogue import finish_gradient
 from .conv_operands import Affine, empty_last, grid, last, on, precision, vectors
-from .conv_shape import Shape, merge_groups, merged, taps_by_class
+from .conv_shape import Class, Shape, merge_groups, merged, taps_by_class
 from .conv_tile import accumulate_merged, place_of, unravel
 from .segments import MANY, merge_sums
 from .tuning import Way
@@ -115,6 +115,62 @@ class Behind(NamedTuple):
     output: Tensor | None = None  # (N, C, H, W)
 
 
+class _Operands(NamedTuple):
+    """Of every launch of a gradient, all channels_last."""
+
+    shape: Shape
+    groups: int
+    merged: int  # groups computed as one
+    dy: Tensor
+    w: Tensor
+    residual: Tensor | None
+    behind: Behind | None
+    precision: str
+
+    def by_pointers(self, kernel, part: Class, dx: Tensor, sums, **tile) -> None:
+        shape, groups = self.shape, self.groups
+        kernel[grid(part.pixels, groups, shape.channels // groups)](
+            *self._of_class(part, dx), *sums,
+            part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
+            *shape.output[2:], *shape.stride, *part.offset, *part.step, *part.w_steps,
+            self.w[0].numel(), shape.channels // groups, shape.filters // groups,
+            MERGED=self.merged, R=part.taps[0], S=part.taps[1], RELU=self.behind is not None,
+            PLAIN=shape.pointwise, PADDED=not shape.pointwise, PRECISION=self.precision, **tile,
+        )  # fmt: skip
+
+    def on_descriptors(self, kernel, part: Class, dx: Tensor, sums, **tile) -> None:
+        conv_descriptors.launch_dgrad(
+            kernel, self.shape, part, *self._of_class(part, dx), *sums,
+            RELU=self.behind is not None, **tile,
+        )  # fmt: skip
+
+    def _of_class(self, part: Class, dx: Tensor):
+        """The kernels' arguments from dy to output."""
+        source, affine, output = self.behind or (None, (None, None, None), None)
+        maps = (
+            None if t is None else _elements(t)[part.first_pixel * self.shape.channels :]
+            for t in (dx, self.residual, source, output)
+        )
+        dx, residual, source, output = maps
+        weights = _elements(self.w)[part.first_weight :]
+        return self.dy, weights, dx, residual, source, *affine, output
+
+    def tiles(self, part: Class, tile: Tile) -> int:
+        if tile.descriptors:
+            extent = conv_descriptors.class_extent(self.shape, part)
+            return conv_boxes.tiles_of(extent, tile.BLOCK_M)
+        return triton.cdiv(part.pixels, tile.BLOCK_M)
+
+    def sums(self, tiles: int):
+        """Room for those of the batch norm behind."""
+        return vectors(self.dy, 2, tiles, self.shape.channels) if self.behind else (None, None)
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """Of a channels_last tensor, in the order of memory."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1)
+
+
 def dgrad(
     dy: Tensor, w: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     groups: int = 1, *, residual: Tensor | None = None, behind: Behind | None = None,
@@ -124,84 +180,56 @@ def dgrad(
     of it; with ``behind`` masked by that ReLU, and per segment and channel the sums of g and of
     ``g * (behind.input - mean)``, for ``finish_sums_kernel``."""
     dy, w, residual = last(dy), last(w), last(residual)
+    if behind:
+        behind = Behind(last(behind.input), behind.affine, last(behind.output))
     shape = Shape.of(input_size, w.shape, stride, padding, dilation, groups)
     merge = merged(groups, shape.channels // groups, shape.filters // groups)
+    operands = _Operands(
+        shape, groups // merge, merge, dy, merge_groups(w, groups, merge), residual, behind,
+        precision(allow_tf32),
+    )  # fmt: skip
     dx = empty_last(dy, shape.input)
     if not dx.numel():
-        sums = vectors(dy, 2, 0, shape.channels) if behind else (None, None)
-        return dx, *sums
-    classes = taps_by_class(shape, w.shape[1] * merge)
-    obstacle = conv_descriptors.dgrad_obstacle(groups, classes, dy, w)
-    w = merge_groups(w, groups, merge)
-    groups //= merge
-    problem = configs.problem(
-        "masked" if behind else "plain", dy, allow_tf32, groups, max(c.pixels for c in classes),
-        shape.channels // groups, shape.filters // groups,
-    )  # fmt: skip
-    source, affine, output = behind or (None, (None, None, None), None)
-    source, output = last(source), last(output)
-
-    def operands(part, dx):
-        """Those from w on, of a class."""
-        first = part.first_pixel * shape.channels
-        dx, *others = (
-            t if t is None else _elements(t)[first:] for t in (dx, residual, source, output)
-        )
-        return _elements(w)[part.first_weight :], dx, others[0], others[1], *affine, others[2]
-
-    def launch(kernel, part, sums, dx=dx, **keywords):
-        kernel[grid(part.pixels, groups, shape.channels // groups)](
-            dy, *operands(part, dx), *sums,
-            part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
-            *shape.output[2:], *stride, *part.offset, *part.step, *part.w_steps,
-            w[0].numel(), shape.channels // groups, shape.filters // groups,
-            MERGED=merge, R=part.taps[0], S=part.taps[1], RELU=behind is not None,
-            PLAIN=shape.pointwise, PADDED=not shape.pointwise, PRECISION=precision(allow_tf32),
-            **keywords,
-        )  # fmt: skip
-
-    def launch_descriptors(kernel, part, sums, dx=dx, **keywords):
-        conv_descriptors.launch_dgrad(
-            kernel, shape, part, dy, *operands(part, dx), *sums,
-            RELU=behind is not None, **keywords,
-        )  # fmt: skip
-
-    ways = [Way(dgrad_kernel, problem, launch)]
-    if obstacle is None:
-        problem = problem._replace(kind="descriptors")
-        ways.append(Way(conv_descriptors.dgrad_descriptors_kernel, problem, launch_descriptors))
-    elif tile and tile.descriptors:
-        raise ValueError(f"tile: no tensor descriptors for a gradient with {obstacle}")
-
-    def tiles_of(part, tile) -> int:
-        if tile.descriptors:
-            extent = conv_descriptors.class_extent(shape, part)
-            return conv_boxes.tiles_of(extent, tile.BLOCK_M)
-        return triton.cdiv(part.pixels, tile.BLOCK_M)
-
-    def measure(way: Way, tuner):
-        most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
-        sums = (None, None)
-        if behind:
-            lowest = min(configs.candidates(way.problem), key=lambda tile: tile.BLOCK_M)
-            tiles = tiles_of(most, lowest)
-            sums = vectors(dy, 2, tiles, shape.channels)
-        way.launch(tuner, most, sums, torch.empty_like(dx))
-
+        return dx, *operands.sums(0)
+    classes = taps_by_class(shape, operands.w.shape[1])
     with on(dy):
-        key = (shape.taps, shape.stride, residual is None, output is None)
-        way, tile = tuning.choose(ways, key, dy, measure, tile)
+        obstacle = conv_descriptors.dgrad_obstacle(groups, classes, dy, w)
+        way, tile = _choose(operands, classes, obstacle, dx, allow_tf32, tile)
         kernel = way.kernel if tile.descriptors else wrap(way.kernel)
-        tiles = [tiles_of(part, tile) for part in classes]
-        sums = vectors(dy, 2, sum(tiles), shape.channels) if behind else (None, None)
+        tiles = [operands.tiles(part, tile) for part in classes]
+        sums = operands.sums(sum(tiles))
         for i, part in enumerate(classes):
             own = [s if s is None else s[sum(tiles[:i]) :] for s in sums]
-            way.launch(kernel, part, own, **tile.keywords)
+            way.launch(kernel, part, dx, own, **tile.keywords)
         if behind and sum(tiles) > MANY:
             sums = [merge_sums(s, MANY, s.dtype, wrap) for s in sums]
     return dx, *sums
 
 
-def _elements(tensor: Tensor) -> Tensor:
-    """Of a channels_last tensor, in the order of memory."""
-    return tensor.permute(0, 2, 3, 1).reshape(-1)
+def _choose(
+    operands: _Operands, classes: list[Class], obstacle: str | None, dx: Tensor, allow_tf32: bool,
+    tile: Tile | None,
+) -> tuple[Way, Tile]:  # fmt: skip
+    """Measured, if it is, on the class of most taps."""
+    shape, groups, behind = operands.shape, operands.groups, operands.behind
+    problem = configs.problem(
+        "masked" if behind else "plain", dx, allow_tf32, groups,
+        max(part.pixels for part in classes), shape.channels // groups, shape.filters // groups,
+    )  # fmt: skip
+    ways = [Way(dgrad_kernel, problem, operands.by_pointers)]
+    if obstacle is None:
+        problem = problem._replace(kind="descriptors")
+        kernel = conv_descriptors.dgrad_descriptors_kernel
+        ways.append(Way(kernel, problem, operands.on_descriptors))
+    elif tile and tile.descriptors:
+        raise ValueError(f"tile: no tensor descriptors for a gradient with {obstacle}")
+
+    def measure(way: Way, tuner):
+        most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
+        lowest = min(configs.candidates(way.problem), key=lambda tile: tile.BLOCK_M)
+        sums = operands.sums(operands.tiles(most, lowest))
+        way.launch(tuner, most, torch.empty_like(dx), sums)
+
+    output = behind and behind.output
+    key = (shape.taps, shape.stride, operands.residual is None, output is None)
+    return tuning.choose(ways, key, dx, measure, tile)

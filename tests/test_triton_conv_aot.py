@@ -182,6 +182,21 @@ def test_table():
     assert text == table(), f"python tests/{Path(__file__).name} rewrites {TABLE.name}"
 
 
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("channels, size", [(64, 56), (128, 28), (512, 7)])
+def test_boxes(architecture, channels, size):
+    """A kernel is compiled for its boxes, which other maps than the table's have."""
+    x, w = (
+        empty(*of, dtype=torch.bfloat16)
+        for of in ((256, channels, size, size), (channels, channels, 3, 3))
+    )
+    tiles = configs.TILES[architecture]["descriptors"]
+    tile = next(tile for tile in tiles if tile.BLOCK_N <= channels)
+    call = functools.partial(launch.fprop, x, w, padding=(1, 1), statistics=True)
+    binary = compiled(Case("", "descriptors", lambda tile: call(tile=tile)), tile, architecture)
+    assert binary.spills == 0 and binary.shared <= SHARED[architecture]
+
+
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_fp16(architecture):
     case = next(case for case in cases(torch.float16) if case.kind == "prologue")
