@@ -151,7 +151,7 @@ TILES = {
         "descriptors": (
             Tile(128, 128, 64, 8, 8, 4, descriptors=True),  # with 3 stages strides spill
             Tile(64, 128, 64, 8, 8, 4, descriptors=True),
-            Tile(256, 64, 64, 8, 8, 3, descriptors=True),  # 128x64 spills with statistics
+            Tile(128, 64, 64, 8, 4, 4, descriptors=True),  # 8 warps spill with statistics
         ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),
