@@ -92,6 +92,9 @@ def fprop_obstacle(
     shape: Shape, groups: int, prologue: Affine | None, x: Tensor, w: Tensor
 ) -> str | None:
     """What keeps the kernel from computing such a convolution, if anything."""
+    # the operands first: of a graph that is traced sizes are not to be asked
+    if obstacle := conv_boxes.obstacle(x, w):
+        return obstacle
     if prologue:
         return "a prologue"
     if groups > 1:
@@ -100,7 +103,7 @@ def fprop_obstacle(
         return "so few channels that they and the taps are one axis"
     if any(size % stride for size, stride in zip(shape.input[2:], shape.stride, strict=True)):
         return f"a map of {shape.input[2]}x{shape.input[3]} that its stride does not divide"
-    return conv_boxes.obstacle(x, w)
+    return None
 
 
 def output_extent(shape: Shape) -> Extent:
@@ -195,11 +198,13 @@ def dgrad_descriptors_kernel(
 
 def dgrad_obstacle(groups: int, classes: list[Class], dy: Tensor, w: Tensor) -> str | None:
     """What keeps the kernel from computing such a gradient, if anything."""
+    if obstacle := conv_boxes.obstacle(dy, w):
+        return obstacle
     if groups > 1:
         return "groups"
     if not all(part.taps[0] for part in classes):
         return "a stride that leaves pixels without a tap"
-    return conv_boxes.obstacle(dy, w)
+    return None
 
 
 def class_extent(shape: Shape, part: Class) -> Extent:
