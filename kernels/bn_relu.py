@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .layout import Layout, accumulation_dtype, per_channel, place, segment_of, step_of, steps
 from .moments import finish_moments_kernel, frozen_moments_kernel, moments_kernel
+from .segments import Moments
 
 # --- forward --------------------------------------------------------------------------------------
 
@@ -193,25 +194,25 @@ def _moments(
     momentum: float, eps: float, wrap,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cut, tile = layout.segments(), layout.reduction_tile
-    means, squares = _statistics(x, cut.count), _statistics(x, cut.count)
-    extent = (layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across)
+    moments = Moments.empty(x, cut.count, layout.channels, accumulation_dtype(x.dtype))
     wrap(moments_kernel)[(cut.count * layout.channel_blocks,)](
-        x, means, squares, *extent,
+        x, *moments,
+        layout.outer, layout.inner, layout.channels, cut.rows, cut.columns, cut.across,
         LAST=layout.last, **tile._asdict(), num_warps=_REDUCTION_WARPS,
     )  # fmt: skip
-    return finish_moments(means, squares, extent, running_mean, running_var, momentum, eps, wrap)
+    return finish_moments(moments, running_mean, running_var, momentum, eps, wrap)
 
 
 def finish_moments(
-    means: Tensor, squares: Tensor, extent: tuple, running_mean: Tensor | None,
-    running_var: Tensor | None, momentum: float, eps: float, wrap,
+    moments: Moments, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    eps: float, wrap,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``mean, invstd`` from those of segments, see ``finish_moments_kernel``."""
-    segments, channels = means.shape
-    mean, invstd = means.new_empty(channels), means.new_empty(channels)
+    """``mean, invstd`` of the batch; the running statistics are updated."""
+    segments, channels = moments.means.shape
+    mean, invstd = (moments.means.new_empty(channels) for _ in range(2))
     wrap(finish_moments_kernel)[(triton.cdiv(channels, _MERGE["BLOCK_C"]),)](
-        means, squares, mean, invstd, running_mean, running_var, segments, *extent,
-        momentum, eps, **_MERGE,
+        *moments, mean, invstd, running_mean, running_var, segments, channels, momentum, eps,
+        **_MERGE,
     )  # fmt: skip
     return mean, invstd
 

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from . import conv_choice
-from .bn_relu import bn_relu_apply, bn_relu_backward, bn_relu_backward_of_sums, bn_relu_moments
+from .bn_relu import (
+    bn_relu_apply,
+    bn_relu_backward,
+    bn_relu_backward_of_sums,
+    bn_relu_moments,
+    finish_moments,
+)
 from .conv import allows_tf32, conv_dgrad, conv_wgrad, most_pixels, serves_forward, wgrad_of
-from .conv_bn_relu import moments_of
 from .conv_dgrad import Behind, dgrad
 from .conv_fprop import fprop
 from .conv_operands import Affine
@@ -46,7 +51,7 @@ def bn_relu_conv(
     )  # fmt: skip
     if not statistics:
         return output, nothing, nothing.clone()
-    return output, *moments_of(output, moments, running_mean, running_var, momentum, eps, wrap)
+    return output, *finish_moments(moments, running_mean, running_var, momentum, eps, wrap)
 
 
 def bn_relu_conv_backward(

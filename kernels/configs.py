@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     GROUP_M: int
     num_warps: int
     num_stages: int
-    descriptors: bool = False  # by conv_pointwise's kernel
+    descriptors: bool = False  # by conv_descriptors' kernel
 
     @property
     def keywords(self) -> dict[str, int]:
@@ -51,7 +51,8 @@ class Problem(NamedTuple):
 #   masked      dgrad with the epilogue for the BN behind: reads one or two more tensors
 #   flat        fprop of few channels, with statistics or without: the stem
 #   wgrad       with or without prologue, flat or not
-#   descriptors fprop of 1x1 on tensor descriptors: never shipped, only measured against the others
+#   descriptors fprop and dgrad on tensor descriptors, with any epilogue: never shipped, only
+#               measured against the others
 # sm_80's tiles also fit the 99 KB of shared memory that 8.6, 8.9 and 12.x have.
 TILES = {
     80: {
@@ -113,7 +114,8 @@ TILES = {
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
         "descriptors": (
             Tile(128, 128, 64, 8, 8, 4, descriptors=True),
-            Tile(128, 64, 64, 8, 4, 4, descriptors=True),
+            Tile(256, 64, 64, 8, 8, 3, descriptors=True),
+            Tile(128, 64, 64, 8, 8, 4, descriptors=True),
         ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),
@@ -147,8 +149,9 @@ TILES = {
         ),
         "flat": (Tile(128, 64, 32, 8, 8, 3), Tile(64, 32, 32, 8, 4, 3)),
         "descriptors": (
-            Tile(128, 64, 64, 8, 8, 4, descriptors=True),
-            Tile(64, 64, 64, 8, 4, 4, descriptors=True),
+            Tile(128, 128, 64, 8, 8, 4, descriptors=True),  # with 3 stages strides spill
+            Tile(64, 128, 64, 8, 8, 4, descriptors=True),
+            Tile(128, 64, 64, 8, 4, 4, descriptors=True),  # 8 warps spill with statistics
         ),
         "wgrad": (
             Tile(128, 128, 64, 8, 8, 3),
@@ -174,8 +177,6 @@ MERGED_TILES = {100: (Tile(32, 32, 64, 8, 4, 3),)}
 
 def candidates(problem: Problem) -> tuple[Tile, ...]:
     """The tiles worth a try: none that a masked tail would leave half empty while another fits."""
-    if problem.kind == "descriptors" and problem.precision != "half":
-        return ()
     merged = problem.groups > 1 and problem.columns <= MERGED_CHANNELS
     if merged and problem.precision == "half" and problem.architecture in MERGED_TILES:
         return MERGED_TILES[problem.architecture]

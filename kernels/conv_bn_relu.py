@@ -11,7 +11,6 @@ from .bn_relu import bn_relu, finish_moments, normalise
 from .conv import allows_tf32, serves_forward
 from .conv_fprop import fprop
 from .conv_operands import Norm
-from .segments import Moments
 
 
 def conv_bn_relu(
@@ -58,18 +57,6 @@ def conv_bn_relu_training(
         input, weight, *window, bias=bias, statistics=True, allow_tf32=allows_tf32(input), wrap=wrap
     )
     output = torch.empty_like(convolved)
-    mean, invstd = moments_of(convolved, moments, running_mean, running_var, momentum, eps, wrap)
+    mean, invstd = finish_moments(moments, running_mean, running_var, momentum, eps, wrap)
     normalise(convolved, residual, output, mean, invstd, bn_weight, bn_bias, relu, wrap)
     return output, convolved, mean, invstd
-
-
-def moments_of(
-    convolved: Tensor, moments: Moments, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float, eps: float, wrap,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``mean, invstd`` of what ``fprop`` gave; the running statistics are updated."""
-    pixels = convolved.shape[0] * convolved.shape[2] * convolved.shape[3]
-    extent = (pixels, 1, convolved.shape[1], moments.rows, 1, 1)
-    return finish_moments(
-        moments.means, moments.squares, extent, running_mean, running_var, momentum, eps, wrap
-    )

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, tuning
+from . import configs, conv_boxes, conv_descriptors, tuning
 from .configs import Tile
-from .conv_operands import Affine, empty_last, grid, last, on, precision, smallest, vectors
-from .conv_shape import Shape, merge_groups, merged, taps_by_class
+from .conv_epilogue import finish_gradient
+from .conv_operands import Affine, empty_last, grid, last, on, precision, vectors
+from .conv_shape import Class, Shape, merge_groups, merged, taps_by_class
 from .conv_tile import accumulate_merged, place_of, unravel
 from .segments import MANY, merge_sums
 from .tuning import Way
@@ -67,11 +68,9 @@ def dgrad_kernel(
     GROUP_M: tl.constexpr,
 ):
     """``g = mask(conv_transpose(dy, w) + residual)``, and per tile the sums of g and of
-    g * (behind - mean).
+    g * (behind - mean), see ``conv_epilogue``.
 
-    With ``RELU`` the gradient is 0 where the ReLU behind gave 0: where ``output`` says so, else
-    where ``(behind - mean) * scale + shift``, rounded as that was, does. R and S are the taps of
-    the class; with none, dx is the residual.
+    R and S are the taps of the class; with none, dx is the residual.
     """
     groups = channels // group_channels
     tiles = tl.cdiv(group_channels, BLOCK_N)
@@ -94,38 +93,14 @@ def dgrad_kernel(
     acc = accumulate_merged(
         dy, w + group * group_filters * w_filter, None, None, None,
         image, row, column, inside, out, out_known,
-        out_height, out_width, filters, group * group_filters, group_filters, group_channels, step_h, step_w,
-        w_row, w_column, w_filter, 1,
+        out_height, out_width, filters, group * group_filters, group_filters, group_channels,
+        step_h, step_w, w_row, w_column, w_filter, 1,
         MERGED, R, S, False, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    c = group * group_channels + out
-    place = place[:, None] * channels + c[None, :]
-    known = inside[:, None] & out_known[None, :]
-    if residual is not None:
-        acc += tl.load(residual + place, mask=known, other=0).to(tl.float32)
-    if behind is not None:
-        x = tl.load(behind + place, mask=known, other=0)
-        centred = x.to(tl.float32) - _row(mean, c, out_known)
-        if RELU and output is None:
-            before = tl.fma(centred, _row(scale, c, out_known), _row(shift, c, out_known))
-            acc = tl.where(before.to(x.dtype).to(tl.float32) <= 0, 0, acc)
-    if RELU and output is not None:
-        y = tl.load(output + place, mask=known, other=0)
-        acc = tl.where(y.to(tl.float32) <= 0, 0, acc)
-    if sums_g is not None:
-        g = tl.where(known, acc, 0)
-        tl.store(sums_g + m * channels + c, tl.sum(g, 0), mask=out_known)
-        tl.store(
-            sums_gx + m * channels + c,
-            tl.sum(tl.where(known, g * centred, 0), 0),
-            mask=out_known,
-        )
-    tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=known)
-
-
-@triton.jit
-def _row(vector, c, known):
-    return tl.load(vector + c, mask=known, other=0).to(tl.float32)[None, :]
+    finish_gradient(
+        acc, dx, residual, behind, mean, scale, shift, output, sums_g, sums_gx,
+        m, place, inside, group * group_channels + out, out_known, channels, RELU,
+    )  # fmt: skip
 
 
 # --- launcher ------------------------------------------------------------------------------------
@@ -140,6 +115,62 @@ class Behind(NamedTuple):
     output: Tensor | None = None  # (N, C, H, W)
 
 
+class _Operands(NamedTuple):
+    """Of every launch of a gradient, all channels_last."""
+
+    shape: Shape
+    groups: int
+    merged: int  # groups computed as one
+    dy: Tensor
+    w: Tensor
+    residual: Tensor | None
+    behind: Behind | None
+    precision: str
+
+    def by_pointers(self, kernel, part: Class, dx: Tensor, sums, **tile) -> None:
+        shape, groups = self.shape, self.groups
+        kernel[grid(part.pixels, groups, shape.channels // groups)](
+            *self._of_class(part, dx), *sums,
+            part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
+            *shape.output[2:], *shape.stride, *part.offset, *part.step, *part.w_steps,
+            self.w[0].numel(), shape.channels // groups, shape.filters // groups,
+            MERGED=self.merged, R=part.taps[0], S=part.taps[1], RELU=self.behind is not None,
+            PLAIN=shape.pointwise, PADDED=not shape.pointwise, PRECISION=self.precision, **tile,
+        )  # fmt: skip
+
+    def on_descriptors(self, kernel, part: Class, dx: Tensor, sums, **tile) -> None:
+        conv_descriptors.launch_dgrad(
+            kernel, self.shape, part, *self._of_class(part, dx), *sums,
+            RELU=self.behind is not None, **tile,
+        )  # fmt: skip
+
+    def _of_class(self, part: Class, dx: Tensor):
+        """The kernels' arguments from dy to output."""
+        source, affine, output = self.behind or (None, (None, None, None), None)
+        maps = (
+            None if t is None else _elements(t)[part.first_pixel * self.shape.channels :]
+            for t in (dx, self.residual, source, output)
+        )
+        dx, residual, source, output = maps
+        weights = _elements(self.w)[part.first_weight :]
+        return self.dy, weights, dx, residual, source, *affine, output
+
+    def tiles(self, part: Class, tile: Tile) -> int:
+        if tile.descriptors:
+            extent = conv_descriptors.class_extent(self.shape, part)
+            return conv_boxes.tiles_of(extent, tile.BLOCK_M)
+        return triton.cdiv(part.pixels, tile.BLOCK_M)
+
+    def sums(self, tiles: int):
+        """Room for those of the batch norm behind."""
+        return vectors(self.dy, 2, tiles, self.shape.channels) if self.behind else (None, None)
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """Of a channels_last tensor, in the order of memory."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1)
+
+
 def dgrad(
     dy: Tensor, w: Tensor, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     groups: int = 1, *, residual: Tensor | None = None, behind: Behind | None = None,
@@ -149,55 +180,56 @@ def dgrad(
     of it; with ``behind`` masked by that ReLU, and per segment and channel the sums of g and of
     ``g * (behind.input - mean)``, for ``finish_sums_kernel``."""
     dy, w, residual = last(dy), last(w), last(residual)
+    if behind:
+        behind = Behind(last(behind.input), behind.affine, last(behind.output))
     shape = Shape.of(input_size, w.shape, stride, padding, dilation, groups)
     merge = merged(groups, shape.channels // groups, shape.filters // groups)
+    operands = _Operands(
+        shape, groups // merge, merge, dy, merge_groups(w, groups, merge), residual, behind,
+        precision(allow_tf32),
+    )  # fmt: skip
     dx = empty_last(dy, shape.input)
     if not dx.numel():
-        sums = vectors(dy, 2, 0, shape.channels) if behind else (None, None)
-        return dx, *sums
-    w = merge_groups(w, groups, merge)
-    groups //= merge
-    classes = taps_by_class(shape, w.shape[1])
-    problem = configs.problem(
-        "masked" if behind else "plain", dy, allow_tf32, groups, max(c.pixels for c in classes),
-        shape.channels // groups, shape.filters // groups,
-    )  # fmt: skip
-    source, affine, output = behind or (None, (None, None, None), None)
-    source, output = last(source), last(output)
-
-    def launch(kernel, part, sums, dx=dx, **keywords):
-        images = (
-            t if t is None else t.permute(0, 2, 3, 1).reshape(-1)[part.first_pixel * t.shape[1] :]
-            for t in (dx, residual, source, output)
-        )
-        dx, *others = images
-        kernel[grid(part.pixels, groups, shape.channels // groups)](
-            dy, w.permute(0, 2, 3, 1).reshape(-1)[part.first_weight :], dx, others[0],
-            others[1], *affine, others[2], *sums,
-            part.pixels, *part.grid, *shape.input[2:], shape.channels, shape.filters,
-            *shape.output[2:], *stride, *part.offset, *part.step, *part.w_steps,
-            w[0].numel(), shape.channels // groups, shape.filters // groups,
-            MERGED=merge, R=part.taps[0], S=part.taps[1], RELU=behind is not None,
-            PLAIN=shape.pointwise, PADDED=not shape.pointwise, PRECISION=precision(allow_tf32), **keywords,
-        )  # fmt: skip
-
-    def measure(way: Way, tuner):
-        most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
-        sums = (None, None)
-        if behind:
-            tiles = triton.cdiv(most.pixels, smallest(problem))
-            sums = vectors(dy, 2, tiles, shape.channels)
-        way.launch(tuner, most, sums, torch.empty_like(dx))
-
+        return dx, *operands.sums(0)
+    classes = taps_by_class(shape, operands.w.shape[1])
     with on(dy):
-        key = (shape.taps, stride, residual is None, output is None)
-        way = Way(dgrad_kernel, problem, launch)
-        _, tile = tuning.choose([way], key, dy, measure, tile)
-        tiles = [triton.cdiv(part.pixels, tile.BLOCK_M) for part in classes]
-        sums = vectors(dy, 2, sum(tiles), shape.channels) if behind else (None, None)
+        obstacle = conv_descriptors.dgrad_obstacle(groups, classes, dy, w)
+        way, tile = _choose(operands, classes, obstacle, dx, allow_tf32, tile)
+        kernel = way.kernel if tile.descriptors else wrap(way.kernel)
+        tiles = [operands.tiles(part, tile) for part in classes]
+        sums = operands.sums(sum(tiles))
         for i, part in enumerate(classes):
             own = [s if s is None else s[sum(tiles[:i]) :] for s in sums]
-            launch(wrap(dgrad_kernel), part, own, **tile.keywords)
+            way.launch(kernel, part, dx, own, **tile.keywords)
         if behind and sum(tiles) > MANY:
             sums = [merge_sums(s, MANY, s.dtype, wrap) for s in sums]
     return dx, *sums
+
+
+def _choose(
+    operands: _Operands, classes: list[Class], obstacle: str | None, dx: Tensor, allow_tf32: bool,
+    tile: Tile | None,
+) -> tuple[Way, Tile]:  # fmt: skip
+    """Measured, if it is, on the class of most taps."""
+    shape, groups, behind = operands.shape, operands.groups, operands.behind
+    problem = configs.problem(
+        "masked" if behind else "plain", dx, allow_tf32, groups,
+        max(part.pixels for part in classes), shape.channels // groups, shape.filters // groups,
+    )  # fmt: skip
+    ways = [Way(dgrad_kernel, problem, operands.by_pointers)]
+    if obstacle is None:
+        problem = problem._replace(kind="descriptors")
+        kernel = conv_descriptors.dgrad_descriptors_kernel
+        ways.append(Way(kernel, problem, operands.on_descriptors))
+    elif tile and tile.descriptors:
+        raise ValueError(f"tile: no tensor descriptors for a gradient with {obstacle}")
+
+    def measure(way: Way, tuner):
+        most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
+        lowest = min(configs.candidates(way.problem), key=lambda tile: tile.BLOCK_M)
+        sums = operands.sums(operands.tiles(most, lowest))
+        way.launch(tuner, most, torch.empty_like(dx), sums)
+
+    output = behind and behind.output
+    key = (shape.taps, shape.stride, operands.residual is None, output is None)
+    return tuning.choose(ways, key, dx, measure, tile)

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, conv_pointwise, tuning
+from . import configs, conv_descriptors, tuning
 from .configs import Tile
+from .conv_boxes import tiles_of
 from .conv_epilogue import finish
 from .conv_operands import (
     Affine,
@@ -18,7 +19,6 @@ from .conv_operands import (
     on,
     precision,
     smallest,
-    vectors,
 )
 from .conv_shape import Shape, flat_channels, merge_groups, merged
 from .conv_tile import accumulate_merged, place_of, unravel
@@ -42,6 +42,7 @@ def fprop_kernel(
     x_shift,  # (C,) or None
     means,  # (tiles of pixels, K) or None
     squares,  # (tiles of pixels, K) or None
+    counts,  # (tiles of pixels,) or None
     pixels,  # N * P * Q
     height,
     width,
@@ -74,7 +75,7 @@ def fprop_kernel(
     """``act(norm(conv(prologue(x), w) + bias) + residual)``, norm being
     ``(. - mean) * scale / sqrt(variance + eps) + shift``.
 
-    ``means`` and ``squares`` get statistics of the convolution, see ``conv_epilogue``. ``PLAIN``
+    ``means``, ``squares`` and ``counts`` get statistics, see ``conv_epilogue``. ``PLAIN``
     (1x1, stride 1, no padding) needs no image coordinates; ``MERGED`` groups are computed as one.
     """
     groups = channels // group_channels
@@ -101,8 +102,9 @@ def fprop_kernel(
         MERGED, R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     finish(
-        acc, y, bias, mean, variance, scale, shift, residual, means, squares,
-        m, pixel, group * group_filters + out, out_known, pixels, filters, eps, RELU, BLOCK_M,
+        acc, y, bias, mean, variance, scale, shift, residual, means, squares, counts,
+        m, pixel, inside, tl.minimum(pixels - m * BLOCK_M, BLOCK_M),
+        group * group_filters + out, out_known, filters, eps, RELU,
     )  # fmt: skip
 
 
@@ -126,7 +128,8 @@ def fprop(
     merge = merged(groups, shape.channels // groups, shape.filters // groups)
     y = empty_last(x, shape.output)
     if not y.numel():
-        return y, Moments(*vectors(x, 2, 0, shape.filters), 1) if statistics else None
+        return y, Moments.empty(x, 0, shape.filters) if statistics else None
+    obstacle = conv_descriptors.fprop_obstacle(shape, groups, prologue, x, w)
     w = merge_groups(w, groups, merge)
     groups //= merge
     kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
@@ -134,43 +137,42 @@ def fprop(
         kind, x, allow_tf32, groups, shape.pixels, shape.filters // groups, shape.channels // groups
     )
     *normal, eps = norm or (None, None, None, None, 0.0)
-    constants = {"RELU": relu, "PRECISION": precision(allow_tf32)}
 
-    def moments_of(block_m: int):
-        tiles = triton.cdiv(shape.pixels, block_m)
-        return vectors(x, 2, tiles, shape.filters) if statistics else (None, None)
+    def moments_of(tiles: int):
+        return Moments.empty(x, tiles, shape.filters) if statistics else (None, None, None)
 
     def launch(kernel, block_m: int, y=y, **keywords):
-        moments = moments_of(block_m)
+        moments = moments_of(triton.cdiv(shape.pixels, block_m))
         kernel[grid(shape.pixels, groups, shape.filters // groups)](
             x, w, y, bias, *normal, residual, *(prologue or (None, None, None)), *moments,
             shape.pixels, *shape.input[2:], shape.channels, shape.filters, *shape.output[2:],
             *stride, *padding, *dilation, shape.channels // groups, shape.filters // groups, eps,
-            MERGED=merge, R=shape.taps[0], S=shape.taps[1], PLAIN=shape.pointwise, FLAT=flat,
-            PADDED=shape.padded, **constants, **keywords,
+            MERGED=merge, R=shape.taps[0], S=shape.taps[1], RELU=relu, PLAIN=shape.pointwise,
+            FLAT=flat, PADDED=shape.padded, PRECISION=precision(allow_tf32), **keywords,
         )  # fmt: skip
         return moments
 
-    def launch_pointwise(kernel, block_m: int, y=y, **keywords):
-        moments = moments_of(block_m)
-        conv_pointwise.launch(
+    def launch_descriptors(kernel, block_m: int, y=y, **keywords):
+        moments = moments_of(tiles_of(conv_descriptors.output_extent(shape), block_m))
+        conv_descriptors.launch_fprop(
             kernel, shape, x, w, y, bias, *normal, residual, *moments,
-            eps=eps, **constants, **keywords,
+            eps=eps, RELU=relu, **keywords,
         )  # fmt: skip
         return moments
 
     ways = [Way(fprop_kernel, problem, launch)]
-    if prologue is None and conv_pointwise.fits(shape, groups, x, w):
+    if obstacle is None:
         problem = problem._replace(kind="descriptors")
-        ways.append(Way(conv_pointwise.pointwise_kernel, problem, launch_pointwise))
+        ways.append(Way(conv_descriptors.fprop_descriptors_kernel, problem, launch_descriptors))
+    elif tile and tile.descriptors:
+        raise ValueError(f"tile: no tensor descriptors for a convolution with {obstacle}")
 
     def measure(way: Way, tuner):
         way.launch(tuner, smallest(way.problem), torch.empty_like(y))
 
     with on(x):
-        key = (statistics, prologue is None, residual is None)
+        key = (shape.taps, shape.stride, statistics, prologue is None, residual is None)
         way, tile = tuning.choose(ways, key, x, measure, tile)
-        moments = way.launch(wrap(way.kernel), tile.BLOCK_M, **tile.keywords)
-        if not statistics:
-            return y, None
-        return y, merge_moments(Moments(*moments, tile.BLOCK_M), shape.pixels, wrap)
+        kernel = way.kernel if tile.descriptors else wrap(way.kernel)
+        moments = way.launch(kernel, tile.BLOCK_M, **tile.keywords)
+        return y, merge_moments(moments, wrap) if statistics else None

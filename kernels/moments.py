@@ -12,10 +12,11 @@ from .layout import per_channel, segment_of, step_of, steps
 
 @triton.jit
 def moments_kernel(
-    input, means, squares, outer, inner, channels, segment_rows, segment_columns, across,
+    input, means, squares, counts, outer, inner, channels, segment_rows, segment_columns, across,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """``means``, ``squares`` (segments, C): mean of a segment, sum of squared deviations from it.
+    """``means``, ``squares`` (segments, C), ``counts`` (segments,): mean of a segment, sum of squared
+    deviations from it, how many values of a channel it holds.
 
     Sums of x - p and its square, p being the mean of the first tile. By Cauchy and Schwarz
     n * (mean - p)^2 is at most ``squares`` times the number of tiles in the segment: what
@@ -45,12 +46,12 @@ def moments_kernel(
     around = tl.maximum(per_channel(square, LAST) - shift * shift * count, 0, tl.PropagateNan.ALL)
     tl.store(means + segment * channels + channel, pivot + shift, mask=channel < channels)
     tl.store(squares + segment * channels + channel, around, mask=channel < channels)
+    tl.store(counts + segment, count)  # by every block of channels the same
 
 
 @triton.jit
 def finish_moments_kernel(
-    means, squares, save_mean, save_invstd, running_mean, running_var,
-    segments, outer, inner, channels, segment_rows, segment_columns, across,
+    means, squares, counts, save_mean, save_invstd, running_mean, running_var, segments, channels,
     momentum: tl.float64, eps: tl.float64, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merge the segments (Chan, Golub, LeVeque 1979); the one place where running statistics are
@@ -58,22 +59,23 @@ def finish_moments_kernel(
     acc = means.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
-    count = tl.cast(outer, acc) * tl.cast(inner, acc)
     pivot = tl.load(means + channel, mask=known, other=0)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0)
     shift = tl.zeros([BLOCK_C], acc)
+    count = tl.cast(0, acc)
     for first in range(0, segments, BLOCK_S):
         segment = first + tl.arange(0, BLOCK_S)
         mask = (segment < segments)[:, None] & known[None, :]
-        n = _count(segment, outer, inner, segment_rows, segment_columns, across, acc)[:, None]
+        n = tl.load(counts + segment, mask=segment < segments, other=0)
         mean = tl.load(means + segment[:, None] * channels + channel[None, :], mask=mask, other=0)
-        shift += tl.sum(tl.where(mask, (mean - pivot[None, :]) * n, 0), 0)
+        shift += tl.sum(tl.where(mask, (mean - pivot[None, :]) * n[:, None], 0), 0)
+        count += tl.sum(n, 0)
     mean = pivot + shift / count
     square = tl.zeros([BLOCK_C], acc)
     for first in range(0, segments, BLOCK_S):
         segment = first + tl.arange(0, BLOCK_S)
         mask = (segment < segments)[:, None] & known[None, :]
-        n = _count(segment, outer, inner, segment_rows, segment_columns, across, acc)[:, None]
+        n = tl.load(counts + segment, mask=segment < segments, other=0)[:, None]
         offset = segment[:, None] * channels + channel[None, :]
         delta = tl.load(means + offset, mask=mask, other=0) - mean[None, :]
         around = tl.load(squares + offset, mask=mask, other=0)
@@ -84,14 +86,6 @@ def finish_moments_kernel(
         unbiased = square / (count - 1)
         _update(running_mean, mean, momentum, channel, known)
         _update(running_var, unbiased, momentum, channel, known)
-
-
-@triton.jit
-def _count(segment, outer, inner, segment_rows, segment_columns, across, acc: tl.constexpr):
-    """How many values of a channel a segment holds."""
-    rows = tl.minimum(outer - segment // across * segment_rows, segment_rows)
-    columns = tl.minimum(inner - segment % across * segment_columns, segment_columns)
-    return rows.to(acc) * columns.to(acc)
 
 
 @triton.jit

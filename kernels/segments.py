@@ -13,23 +13,27 @@ MANY = 256
 
 
 class Moments(NamedTuple):
-    """``means``, ``squares`` (segments, C) of segments of ``rows`` pixels, the last one maybe less:
-    mean of a segment, sum of squared deviations from it."""
+    """Of segments of a batch: mean, sum of squared deviations from it, number of values."""
 
-    means: Tensor
-    squares: Tensor
-    rows: int
+    means: Tensor  # (segments, C)
+    squares: Tensor  # (segments, C)
+    counts: Tensor  # (segments,)
+
+    @classmethod
+    def empty(cls, like: Tensor, segments: int, channels: int, dtype=torch.float32) -> "Moments":
+        sizes = (segments, channels), (segments, channels), (segments,)
+        return cls(*(like.new_empty(size, dtype=dtype) for size in sizes))
 
 
 @triton.jit
 def merge_moments_kernel(
     means,  # (segments, C)
     squares,  # (segments, C)
+    counts,  # (segments,)
     merged_means,  # (parts, C)
     merged_squares,  # (parts, C)
+    merged_counts,  # (parts,)
     segments,
-    pixels,
-    rows,
     channels,
     PART: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -40,12 +44,13 @@ def merge_moments_kernel(
     segment = part * PART + tl.arange(0, PART)
     known = (segment < segments)[:, None] & (channel < channels)[None, :]
     offset = segment[:, None] * channels + channel[None, :]
-    n = tl.maximum(tl.minimum(pixels - segment * rows, rows), 0).to(tl.float32)
+    n = tl.load(counts + segment, mask=segment < segments, other=0)
     each = tl.load(means + offset, mask=known, other=0)
     # weights that sum to 1, around the first mean: 1e4 +- 1 loses nothing
     pivot = tl.load(means + part * PART * channels + channel, mask=channel < channels, other=0)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0)
-    weight = n / tl.sum(n, 0)
+    count = tl.sum(n, 0)
+    weight = n / count
     apart = tl.where(known, each - pivot[None, :], 0)
     mean = pivot + tl.sum(apart * weight[:, None], 0)
     delta = tl.where(known, each - mean[None, :], 0)
@@ -53,6 +58,7 @@ def merge_moments_kernel(
     place = part * channels + channel
     tl.store(merged_means + place, mean, mask=channel < channels)
     tl.store(merged_squares + place, tl.sum(square, 0), mask=channel < channels)
+    tl.store(merged_counts + part, count)  # by every block of channels the same
 
 
 @triton.jit
@@ -80,20 +86,18 @@ def merge_sums_kernel(
     tl.store(merged + part.to(tl.int64) * columns + column, result, mask=column < columns)
 
 
-def merge_moments(moments: Moments, pixels: int, wrap) -> Moments:
+def merge_moments(moments: Moments, wrap) -> Moments:
     """The same moments in at most MANY segments."""
-    means, squares, rows = moments
-    while (segments := means.shape[0]) > MANY:
-        part = 32
-        channels = means.shape[1]
+    part = 32
+    while (segments := moments.means.shape[0]) > MANY:
+        channels = moments.means.shape[1]
         parts = triton.cdiv(segments, part)
-        merged = means.new_empty(parts, channels), means.new_empty(parts, channels)
+        merged = Moments.empty(moments.means, parts, channels)
         wrap(merge_moments_kernel)[(parts, triton.cdiv(channels, 64))](
-            means, squares, *merged, segments, pixels, rows, channels, PART=part, BLOCK_C=64
+            *moments, *merged, segments, channels, PART=part, BLOCK_C=64
         )
-        means, squares = merged
-        rows *= part
-    return Moments(means, squares, rows)
+        moments = merged
+    return moments
 
 
 def merge_sums(sums: Tensor, parts: int, dtype: torch.dtype, wrap) -> Tensor:

@@ -45,7 +45,7 @@ def choose(
     shipped = ways[0], configs.shipped(ways[0].problem)
     if os.environ.get("FASTRES_AUTOTUNE", "0") != "1":
         return shipped
-    key = (ways[0].kernel, ways[0].problem, key, like.dtype, like.device)
+    key = (ways[0].kernel, ways[0].problem, len(ways), key, like.dtype, like.device)
     if key not in _measured:
         if not _measurable(like):
             return shipped
@@ -104,7 +104,8 @@ def tuner_of(kernel, problem: Problem, do_bench=None):
 
 # Arguments that change how long a tile takes; Triton adds the dtypes.
 _SIZES = {
-    "pixels", "height", "width", "channels", "filters", "out_height", "out_width", "group_channels",
-    "stride_h", "stride_w", "dilation_h", "dilation_w", "step_h", "step_w", "R", "S", "RELU",
-    "PLAIN", "FLAT", "PADDED", "PRECISION", "MERGED",
+    "images", "pixels", "rows", "columns", "height", "width", "channels", "filters", "out_height",
+    "out_width", "group_channels", "stride_h", "stride_w", "dilation_h", "dilation_w", "step_h",
+    "step_w", "R", "S", "STRIDE_H", "STRIDE_W", "RELU", "PLAIN", "FLAT", "PADDED", "PRECISION",
+    "MERGED",
 }  # fmt: skip

@@ -138,11 +138,9 @@ def test_fprop_training(kernels, case):
 
 def merged(moments, like):
     """Mean and variance out of segments, in fp64, by the textbook."""
-    means, squares = moments.means.double(), moments.squares.double()
-    pixels = like.numel() // like.shape[1]
-    counts = torch.full((len(means), 1), float(moments.rows), dtype=torch.float64)
-    counts[-1] = pixels - moments.rows * (len(means) - 1)
-    assert 0 < counts[-1] <= moments.rows
+    means, squares, counts = (t.double() for t in moments)
+    pixels, counts = like.numel() // like.shape[1], counts[:, None]
+    assert counts.sum() == pixels and counts.min() > 0
     mean = (counts * means).sum(0) / pixels
     return mean, (squares + counts * (means - mean).square()).sum(0) / pixels
 
@@ -215,7 +213,7 @@ def shipped_tiles():
 @pytest.mark.parametrize("kind, tile", shipped_tiles(), ids=str)
 def test_every_tile(kernels, kind, tile):
     launch, tile = kernels.launch, kernels.configs.Tile(*tile)
-    for name in {"flat": ("stem",), "descriptors": ("1x1",)}.get(kind, ("1x1", "3x3")):
+    for name in ("stem",) if kind == "flat" else ("1x1", "3x3"):
         case = Case(TILED[name], torch.float16)
         affine = launch.Affine(*case.vectors)
         operands = case.x, case.w, case.dy
@@ -281,13 +279,13 @@ def test_statistics_survive_cancellation(kernels, monkeypatch, many):
     x = spread((n, 16, h, w), torch.float32, "channels_last", mean=1e4)
     eye = torch.eye(16).view(16, 16, 1, 1)
     tile = kernels.configs.Tile(64, 16, 16, 8, 4, 2)
-    y, (means, squares, rows) = kernels.launch.fprop(x, eye, statistics=True, tile=tile)
+    y, moments = kernels.launch.fprop(x, eye, statistics=True, tile=tile)
     assert torch.equal(y, x)
-    assert 1 < len(means) <= many
+    assert 1 < len(moments.means) <= many
     mean, invstd = torch.empty(16), torch.empty(16)
     kernels.bn_relu.finish_moments_kernel[(1,)](
-        means, squares, mean, invstd, None, None, len(means), n * h * w, 1, 16, rows, 1, 1,
-        0.1, 1e-5, BLOCK_S=64, BLOCK_C=16,
+        *moments, mean, invstd, None, None, len(moments.means), 16, 0.1, 1e-5,
+        BLOCK_S=64, BLOCK_C=16,
     )  # fmt: skip
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact, rtol=2e-7, atol=0)
@@ -376,6 +374,38 @@ def test_autotuning_measures_on_outputs_of_its_own(kernels, monkeypatch):
     assert len(written) == len(candidates)
 
 
+def test_autotuning_measures_every_filter_and_stride(kernels, monkeypatch):
+    """A kernel that was faster for 1x1 says nothing of 3x3, and may not compute it."""
+    tuning, measured = kernels.tuning, []
+
+    def fastest(ways, measure):
+        measured.append(len(ways))
+        return len(ways) - 1, kernels.configs.candidates(ways[-1].problem)[-1]
+
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    monkeypatch.setattr(tuning, "_measurable", lambda like: True)
+    monkeypatch.setattr(tuning, "_measured", {})
+    monkeypatch.setenv("FASTRES_AUTOTUNE", "1")
+    # one number of pixels and of channels for all; a stride of 2 does not divide the last map
+    for taps, size, stride in (
+        (1, (8, 12), 1),
+        (3, (8, 12), 1),
+        (3, (16, 24), 2),
+        (3, (15, 23), 2),
+    ):
+        # in lists, as operators are called
+        window = ([stride, stride], [taps // 2, taps // 2], [1, 1], 1)
+        case = Case((2, 16, *size, 16, (taps, taps), *window), torch.float16)
+        operands = case.x, case.w, case.dy
+        wide = [t.double() for t in operands]
+        ours, _ = kernels.launch.fprop(case.x, case.w, *window)
+        assert_close(ours, case.conv(case.x, case.w), case.conv(*wide[:2]))
+        ours, *_ = kernels.launch.dgrad(case.dy, case.w, case.x.shape, *window)
+        assert_close(ours, case.gradients(*operands)[0], case.gradients(*wide)[0], "dgrad")
+    # of the gradient both maps with a stride are one problem: their classes have as many pixels
+    assert measured == [2, 2, 2, 2, 2, 2, 1]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("name", ["ResNeXt 4", "ResNeXt 8 stride 2", "depthwise"])
 def test_nan_and_inf_stay_in_their_group(kernels, name):
@@ -400,26 +430,3 @@ def test_nan_and_inf_stay_in_their_group(kernels, name):
         for t, dim in ((ours, 0), (case.x, 1), (case.dy, 1))
     )
     assert torch.equal(ours, x & dy) and ours.any() and not ours.all()
-
-
-POINTWISE = (3, 72, 7, 11, 104, (1, 1), (1, 1), (0, 0), (1, 1), 1)  # tails in every direction
-
-
-@pytest.mark.parametrize("statistics", [False, True], ids=["eval", "statistics"])
-@pytest.mark.parametrize("rows, columns, depth", [(128, 128, 64), (64, 32, 64)], ids=str)
-def test_descriptors(kernels, monkeypatch, rows, columns, depth, statistics):
-    """The 1x1 kernel on tensor descriptors, whose few programs walk over all tiles."""
-    case = Case(POINTWISE, torch.float16)
-    tile = kernels.configs.Tile(rows, columns, depth, 2, 4, 3, descriptors=True)
-    mean, scale, shift = case.k_vectors
-    keywords = {"bias": shift, "statistics": True}
-    if not statistics:
-        norm = kernels.launch.Norm(mean, scale.square() + 0.5, scale, shift, 1e-5)
-        keywords = {"norm": norm, "residual": case.residual, "relu": True}
-    ours, moments = kernels.launch.fprop(case.x, case.w, *case.arguments, tile=tile, **keywords)
-    tile = kernels.configs.Tile(*tile[:6])
-    other, expected = kernels.launch.fprop(case.x, case.w, *case.arguments, tile=tile, **keywords)
-    # the same products, added in the same order
-    assert_same_bits({"y": ours}, {"y": other})
-    if statistics:
-        assert_same_bits(moments._asdict() | {"rows": mean}, expected._asdict() | {"rows": mean})

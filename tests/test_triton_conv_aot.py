@@ -72,15 +72,23 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
         yield case(
             "fprop prologue", "prologue", launch.fprop, x, w, prologue=affine, statistics=True
         )
-        if size == 1:
-            # differs in its addresses, and those two load both operands both ways
-            for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
-                yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
+        for name, form in (("eval", eval_epilogue), ("statistics", {"statistics": True})):
+            yield case(f"fprop descriptors {name}", "descriptors", launch.fprop, x, w, **form)
+        if size == 1:  # differs in its addresses, and those four load both operands both ways
             continue
+        yield case("dgrad descriptors", "descriptors", launch.dgrad, x, w, x.shape)
+        yield case("dgrad descriptors masked", "descriptors", launch.dgrad, x, w, x.shape, **behind)
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
         yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
         yield case("wgrad prologue", "wgrad", launch.wgrad, x, x, w.shape, prologue=affine)
+    strided = {"stride": (2, 2), "padding": (1, 1)}
+    yield Case(
+        "fprop descriptors 3x3/2", "descriptors",
+        lambda tile: launch.fprop(
+            x, activation(256, 256, 3, 3), **strided, statistics=True, tile=tile
+        ),
+    )  # fmt: skip
     image, w, map_ = (
         activation(256, 3, 224, 224),
         activation(64, 3, 7, 7),
@@ -106,12 +114,11 @@ def compiled(case: Case, tile, architecture: int):
 
 
 def matrix() -> Iterator[tuple[int, Case, configs.Tile]]:
-    """Every architecture, kernel and shipped tile; 1x1 with its first tile."""
+    """Every architecture, kernel and shipped tile; 1x1 and strides with the first tile."""
     for architecture in aot.ARCHITECTURES:
         for case in cases():
             tiles = configs.TILES[architecture][case.kind]
-            first = case.name.endswith("1x1") and case.kind != "descriptors"
-            for tile in tiles[:1] if first else tiles:
+            for tile in tiles[:1] if case.name.endswith(("1x1", "3x3/2")) else tiles:
                 yield architecture, case, tile
 
 
@@ -158,7 +165,11 @@ def test_binary(architecture, case, tile):
     assert all(found[name] for name in expected), found
     assert any(accesses(binary, ("STG",), case.store_bits))
     if case.kind == "descriptors":  # both operands come by TMA, nothing through registers
-        assert binary.count("UTMALDG") >= 2 and not binary.count("LDGSTS")
+        assert not binary.count("LDGSTS")
+        # and as many steps ahead as there are stages: their copies stand before the loop
+        assert binary.count("UTMALDG") >= 2 * tile.num_stages
+        products = [line for line in binary.sass if line.startswith("HGMMA")]
+        assert all(line.split(", ")[1].startswith("gdesc") for line in products)
     else:
         assert any(accesses(binary, ("LDG", "LDGSTS"), case.load_bits))
 
@@ -169,6 +180,21 @@ def test_table():
     if f"Triton {triton.__version__}," not in text:
         pytest.skip(f"the table is of another Triton than {triton.__version__}")
     assert text == table(), f"python tests/{Path(__file__).name} rewrites {TABLE.name}"
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("channels, size", [(64, 56), (128, 28), (512, 7)])
+def test_boxes(architecture, channels, size):
+    """A kernel is compiled for its boxes, which other maps than the table's have."""
+    x, w = (
+        empty(*of, dtype=torch.bfloat16)
+        for of in ((256, channels, size, size), (channels, channels, 3, 3))
+    )
+    tiles = configs.TILES[architecture]["descriptors"]
+    tile = next(tile for tile in tiles if tile.BLOCK_N <= channels)
+    call = functools.partial(launch.fprop, x, w, padding=(1, 1), statistics=True)
+    binary = compiled(Case("", "descriptors", lambda tile: call(tile=tile)), tile, architecture)
+    assert binary.spills == 0 and binary.shared <= SHARED[architecture]
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
@@ -215,9 +241,9 @@ def test_fp32(kind, allow_tf32):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_merging(architecture):
     """What a large map's statistics and a small weight's splits go through."""
-    means, wide = (empty(6272, columns, dtype=torch.float32) for columns in (64, 4096))
+    wide = empty(6272, 4096, dtype=torch.float32)
     with aot.recorded() as launches:
-        segments.merge_moments(segments.Moments(means, means, 128), 802816, lambda kernel: kernel)
+        segments.merge_moments(segments.Moments.empty(wide, 6272, 64), lambda kernel: kernel)
         segments.merge_sums(wide, 1, torch.bfloat16, lambda kernel: kernel)
     assert len(launches) == 2
     for made in launches:

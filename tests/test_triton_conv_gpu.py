@@ -346,18 +346,30 @@ def test_autotuned(name, monkeypatch):
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
     reason="no tensor descriptors",
 )
-@pytest.mark.parametrize("name", [n for n in RESNET50 if n.startswith("1x1") and "stride" not in n])
+@pytest.mark.parametrize("name", [n for n in RESNET50 if n != "stem"])
 def test_descriptors(name):
     launch = importlib.import_module("interpreting").launchers()
     configs = importlib.import_module("fastres.kernels.configs")
     case = Case(name, torch.bfloat16, residual=False)
     x, w = case.operands["input"], case.operands["weight"]
-    truth, eager = F.conv2d(x.double(), w.double()), F.conv2d(x, w)
+    *sizes, groups = case.window
+    window = (*((size, size) for size in sizes), groups)
+    truth, eager = F.conv2d(x.double(), w.double(), None, *window), F.conv2d(x, w, None, *window)
+    dy = torch.randn_like(eager)
+
+    def gradient(dy, x, w):
+        sizes = (*window[:3], False, [0, 0], groups, [True, False, False])
+        return torch.ops.aten.convolution_backward(dy, x, w, None, *sizes)[0]
+
     for tile in configs.TILES[configs.architecture(x.device)]["descriptors"]:
-        found, moments = launch.fprop(x, w, statistics=True, tile=tile)
+        found, moments = launch.fprop(x, w, *window, statistics=True, tile=tile)
         assert_close(found, eager, truth)
-        again, _ = launch.fprop(x, w, statistics=True, tile=tile)
+        again, _ = launch.fprop(x, w, *window, statistics=True, tile=tile)
         assert torch.equal(found, again) and moments.means.isfinite().all()
+        if name.startswith("1x1") and "stride" in name:  # leaves pixels without a tap
+            continue
+        found, *_ = launch.dgrad(dy, w, x.shape, *window, tile=tile)
+        assert_close(found, gradient(dy, x, w), gradient(*(t.double() for t in (dy, x, w))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

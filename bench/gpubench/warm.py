@@ -7,13 +7,15 @@ import os
 
 import torch
 from cases import Convolution, convolutions
-from fastres.kernels import configs
+from fastres.kernels import configs, conv_descriptors
 from fastres.kernels.conv_dgrad import Behind, dgrad
 from fastres.kernels.conv_fprop import fprop
 from fastres.kernels.conv_operands import Affine, Norm
+from fastres.kernels.conv_shape import Shape, taps_by_class
 from fastres.kernels.conv_wgrad import wgrad
 
 BATCH = 16  # sizes divisible by 16 are compiled alike
+FLAT = 8  # so few channels are one axis with the taps
 
 
 def run(emit, budget, device) -> None:
@@ -34,25 +36,16 @@ def run(emit, budget, device) -> None:
 
 def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> int:
     """Launches every kernel in every tile that may be tried for ``conv``; gives their number."""
+    from .convolutions import BATCH as MEASURED
     from .convolutions import Problem
 
     problem = Problem(conv, batch, torch.device(device))
-    x, w, dy, window = problem.x, problem.w, problem.dy, problem.window
-    norm = Norm(problem.mean, problem.var, problem.scale, problem.shift, 1e-5)
-    epilogue = {"norm": norm, "residual": problem.residual, "relu": conv.relu}
-    tiles = configs.TILES[configs.architecture(x.device)]
-    flat = conv.cin <= 8
-    launches = [
-        (kind, lambda tile, keywords=keywords: fprop(x, w, *window, tile=tile, **keywords))
-        for keywords, kind in ((epilogue, "plain"), ({"statistics": True}, "statistics"))
-        for kind in (["flat"] if flat else [kind])
-    ]
-    if conv.kernel == conv.stride == 1:
-        launches += [("descriptors", call) for _, call in launches[:2]]
-    launches.append(("plain", lambda tile: dgrad(dy, w, x.shape, *window, tile=tile)))
-    launches.append(("wgrad", lambda tile: wgrad(dy, x, w.shape, *window, tile=tile)))
-    if not flat:
+    tiles = configs.TILES[configs.architecture(problem.x.device)]
+    launches = _alone(problem)
+    if conv.cin > FLAT:
         launches += _of_a_chain(problem)
+    if tiles["descriptors"]:  # whose boxes are chosen by the batch
+        launches += _on_descriptors(Problem(conv, MEASURED, torch.device(device)))
     done = 0
     for kind, call in launches:
         for tile in tiles[kind]:
@@ -62,13 +55,51 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
     return done
 
 
+def _alone(problem) -> list:
+    """The output in eval and with the batch's statistics, and the gradients."""
+    norm = Norm(problem.mean, problem.var, problem.scale, problem.shift, 1e-5)
+    epilogue = {"norm": norm, "residual": problem.residual, "relu": problem.conv.relu}
+    flat = problem.conv.cin <= FLAT
+    return [
+        ("flat" if flat else "plain", _fprop(problem, **epilogue)),
+        ("flat" if flat else "statistics", _fprop(problem, statistics=True)),
+        ("plain", _dgrad(problem)),
+        ("wgrad", _wgrad(problem)),
+    ]
+
+
 def _of_a_chain(problem) -> list:
     """Those with batch norm and ReLU before the convolution."""
-    x, w, dy, window = problem.x, problem.w, problem.dy, problem.window
-    bn = Affine(*torch.rand(3, x.shape[1], device=x.device))
-    behind = Behind(x, bn)
+    bn = Affine(*torch.rand(3, problem.x.shape[1], device=problem.x.device))
     return [
-        ("prologue", lambda tile: fprop(x, w, *window, prologue=bn, statistics=True, tile=tile)),
-        ("masked", lambda tile: dgrad(dy, w, x.shape, *window, behind=behind, tile=tile)),
-        ("wgrad", lambda tile: wgrad(dy, x, w.shape, *window, prologue=bn, tile=tile)),
+        ("prologue", _fprop(problem, prologue=bn, statistics=True)),
+        ("masked", _dgrad(problem, behind=Behind(problem.x, bn))),
+        ("wgrad", _wgrad(problem, prologue=bn)),
     ]
+
+
+def _on_descriptors(problem) -> list:
+    """What tensor descriptors compute of these."""
+    x, w, dy, window = problem.x, problem.w, problem.dy, problem.window
+    shape, groups = Shape.of(x.shape, w.shape, *window), window[3]
+    (_, evaluated), (_, trained), (_, gradient), _ = _alone(problem)
+    calls = []
+    if not conv_descriptors.fprop_obstacle(shape, groups, None, x, w):
+        calls += [evaluated, trained]
+    if not conv_descriptors.dgrad_obstacle(groups, taps_by_class(shape, x.shape[1]), dy, w):
+        calls += [gradient, _of_a_chain(problem)[1][1]]
+    return [("descriptors", call) for call in calls]
+
+
+def _fprop(problem, **how):
+    return lambda tile: fprop(problem.x, problem.w, *problem.window, tile=tile, **how)
+
+
+def _dgrad(problem, **how):
+    x, w, dy = problem.x, problem.w, problem.dy
+    return lambda tile: dgrad(dy, w, x.shape, *problem.window, tile=tile, **how)
+
+
+def _wgrad(problem, **how):
+    x, w, dy = problem.x, problem.w, problem.dy
+    return lambda tile: wgrad(dy, x, w.shape, *problem.window, tile=tile, **how)
