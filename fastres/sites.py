@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import checks, functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
 from .backend import extension_serves
 from .fusable import Act, has_relu, why_not_act, why_not_conv, why_not_rest
@@ -29,7 +29,7 @@ def conv_bn_act(
         output = ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
         if output is not None:
             return output
-    if why_not_conv(conv) or input.dim() != 4:
+    if why_not_conv(conv) or _dimensions(input) != 4:
         return bn_act(conv(input), bn, act, residual, via)
     if why_not_rest(bn, act, residual, via):
         return _one_by_one(conv(input), bn, act, residual, via)
@@ -47,7 +47,7 @@ def bn_act(
         output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
-    if why_not_rest(bn, act, residual, via) or input.dim() != 4:
+    if why_not_rest(bn, act, residual, via) or _dimensions(input) != 4:
         return _one_by_one(input, bn, act, residual, via)
     if residual is not None and not alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
@@ -87,11 +87,18 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
         act is None
         or why_not_act(act)
         or not isinstance(residual, Tensor)
-        or input.dim() != 4
+        or _dimensions(input) != 4
         or not alike(residual, input.shape, input.dtype, input.device)
     ):
         return _add_act(input, residual, act)
     return functional.add_relu(input, residual)
+
+
+def _dimensions(input: Tensor) -> int:
+    """Asked of an input only where no module's own forward is to see it: ``TypeError`` for what is
+    no tensor."""
+    checks.tensor("input", input)
+    return input.dim()
 
 
 # --- the calls of functional ----------------------------------------------------------------------

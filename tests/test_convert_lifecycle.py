@@ -338,6 +338,20 @@ def test_jit_trace_and_fx(model, converted):
     torch.testing.assert_close(graph(x), model(x))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_jit_trace_that_records_gradients(model, converted, training):
+    """Its own check looks at another run, without gradients: that one takes other operators."""
+    x = images()
+    traced = torch.jit.trace(converted.train(training), x, check_trace=False)
+    converted.load_state_dict(model.state_dict())  # tracing was a step of the statistics
+    ours, eager = traced(x), model.train(training)(x)
+    torch.testing.assert_close(ours, eager)
+    ours.sum().backward()
+    eager.sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(converted.get_parameter(name).grad, parameter.grad)
+
+
 def test_functional_call(model, converted):
     x = images()
     state = {name: tensor * 1.1 for name, tensor in model.eval().state_dict().items()}
