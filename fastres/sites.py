@@ -67,6 +67,8 @@ def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
     plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu"
     if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return conv(input)
+    if torch.jit.is_tracing():  # a batch norm made now would become a part of the trace
+        return conv(input)
     if input.dtype not in functional.CPU_CONV_DTYPES or input.dtype != conv.weight.dtype:
         return conv(input)
     if why_not_conv(conv):
