@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import checks, functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
 from .backend import extension_serves
-from .fusable import Act, has_relu, why_not_act, why_not_conv, why_not_rest
+from .fusable import Act, acts_apart, has_relu, why_not_act, why_not_conv, why_not_rest
 
 
 def conv_bn_act(
@@ -31,8 +31,11 @@ def conv_bn_act(
             return output
     if why_not_conv(conv) or _dimensions(input) != 4:
         return bn_act(conv(input), bn, act, residual, via)
+    if acts_apart(bn):
+        output = bn.act(bn.drop(_conv_bn(input, conv, bn, None, False)))
+        return _behind_bn(output, act, residual, via)
     if why_not_rest(bn, act, residual, via):
-        return _one_by_one(conv(input), bn, act, residual, via)
+        return _behind_bn(bn(conv(input)), act, residual, via)
     if residual is not None and (act is None or not fits_convolution(residual, input, conv)):
         return _add_act(_conv_bn(input, conv, bn, None, False), residual, act)
     return _conv_bn(input, conv, bn, residual, act is not None or has_relu(bn))
@@ -48,7 +51,7 @@ def bn_act(
         if output is not None:
             return output
     if why_not_rest(bn, act, residual, via) or _dimensions(input) != 4:
-        return _one_by_one(input, bn, act, residual, via)
+        return _behind_bn(bn(input), act, residual, via)
     if residual is not None and not alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
     return _bn(input, bn, residual, act is not None or has_relu(bn))
@@ -163,8 +166,8 @@ def uncount(batches: Tensor | None) -> None:
         batches.sub_(1)
 
 
-def _one_by_one(input: Tensor, bn: nn.Module, act: Act, residual, via) -> Tensor:
-    output = bn(input)
+def _behind_bn(output: Tensor, act: Act, residual, via) -> Tensor:
+    """Module by module."""
     for module in via:
         output = module(output)
     return _add_act(output, residual, act)
