@@ -55,8 +55,7 @@ def conv_bn_relu(
 
 def mean_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _activation(input)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != input.shape[1]:
         raise RuntimeError(
             f"weight: expected shape (K, {input.shape[1]}) for input {_shape(input)}, "
@@ -84,10 +83,14 @@ def conv(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups:
     return size
 
 
+def tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+
+
 def _activation(input: Tensor) -> None:
     """A floating-point tensor of shape (N, C, H, W)."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    tensor("input", input)
     if input.dtype not in _DTYPES:
         raise TypeError(
             f"input: expected float32, bfloat16, float16 or float64, got {_dtype(input)}"
@@ -100,8 +103,7 @@ def _activation(input: Tensor) -> None:
 
 def _residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device) -> None:
     """The shape, dtype and device of what it is added to."""
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
+    tensor("residual", residual)
     if residual.shape != shape:
         raise RuntimeError(f"residual: expected shape {tuple(shape)}, got {_shape(residual)}")
     if residual.dtype != dtype:
@@ -111,8 +113,7 @@ def _residual(residual: Tensor, shape, dtype: torch.dtype, device: torch.device)
 
 def _convolution(input: Tensor, weight: Tensor, bias, stride, padding, dilation, groups) -> None:
     """``weight`` (K, C / groups, R, S) and the geometry of F.conv2d, as pairs."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    tensor("weight", weight)
     if weight.dim() != 4:
         raise RuntimeError(
             f"weight: expected 4 dimensions (K, C / groups, R, S), got {_shape(weight)}"
@@ -193,8 +194,7 @@ def _same_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
 
 
 def _vector(name: str, vector: Tensor, length: int, device: torch.device) -> None:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(vector).__name__}")
+    tensor(name, vector)
     if vector.dim() != 1 or vector.shape[0] != length:
         raise RuntimeError(f"{name}: expected shape ({length},), got {_shape(vector)}")
     _same_device(name, vector, device)

@@ -36,6 +36,12 @@ def has_relu(bn: nn.Module) -> bool:
     return type(bn) is not nn.BatchNorm2d and isinstance(getattr(bn, "act", None), nn.ReLU)
 
 
+def acts_apart(bn: nn.Module) -> bool:
+    """Whether timm's batch norm ends in a dropout or an activation that no fused call stands for: a
+    convolution before it is fused with its batch norm alone, and they are called behind."""
+    return name_of(bn) in _WITH_ACT and bool(_why_not_inner(bn)) and not why_not_plain(bn)
+
+
 def why_not_conv(conv: nn.Module) -> str:
     """Why a fused call may not stand for this convolution; "" where it may."""
     if type(conv) is not nn.Conv2d:

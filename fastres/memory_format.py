@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import checks
 from .backend import serving
 
 
@@ -21,7 +22,10 @@ def to_channels_last(image: Tensor) -> Tensor:
 
 def fastest(image: Tensor) -> Tensor:
     """A model's input in the format that serves it fastest: channels_last where the CPU's own
-    operators serve. A compiler chooses formats itself, and a GPU's caller knows theirs."""
+    operators serve. A compiler chooses formats itself, and a GPU's caller knows theirs.
+
+    Raises ``TypeError`` for what is no tensor."""
+    checks.tensor("input", image)
     if (
         image.dim() != 4
         or not image.numel()

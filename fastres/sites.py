@@ -11,10 +11,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import checks, functional, ops
 from .arguments import compute_dtype, conv_output_size, resolve_padding
 from .backend import extension_serves
-from .fusable import Act, has_relu, why_not_act, why_not_conv, why_not_rest
+from .fusable import Act, acts_apart, has_relu, why_not_act, why_not_conv, why_not_rest
 
 
 def conv_bn_act(
@@ -29,10 +29,13 @@ def conv_bn_act(
         output = ops.extension.conv_bn_act(input, conv, bn, act, residual, via)
         if output is not None:
             return output
-    if why_not_conv(conv) or input.dim() != 4:
+    if why_not_conv(conv) or _dimensions(input) != 4:
         return bn_act(conv(input), bn, act, residual, via)
+    if acts_apart(bn):
+        output = bn.act(bn.drop(_conv_bn(input, conv, bn, None, False)))
+        return _behind_bn(output, act, residual, via)
     if why_not_rest(bn, act, residual, via):
-        return _one_by_one(conv(input), bn, act, residual, via)
+        return _behind_bn(bn(conv(input)), act, residual, via)
     if residual is not None and (act is None or not fits_convolution(residual, input, conv)):
         return _add_act(_conv_bn(input, conv, bn, None, False), residual, act)
     return _conv_bn(input, conv, bn, residual, act is not None or has_relu(bn))
@@ -47,8 +50,8 @@ def bn_act(
         output = ops.extension.bn_act(input, bn, act, residual, via)
         if output is not None:
             return output
-    if why_not_rest(bn, act, residual, via) or input.dim() != 4:
-        return _one_by_one(input, bn, act, residual, via)
+    if why_not_rest(bn, act, residual, via) or _dimensions(input) != 4:
+        return _behind_bn(bn(input), act, residual, via)
     if residual is not None and not alike(residual, input.shape, input.dtype, input.device):
         return _add_act(_bn(input, bn, None, False), residual, act)
     return _bn(input, bn, residual, act is not None or has_relu(bn))
@@ -66,6 +69,8 @@ def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
             return output
     plain = type(input) is Tensor and input.dim() == 4 and input.device.type == "cpu"
     if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return conv(input)
+    if torch.jit.is_tracing():  # a batch norm made now would become a part of the trace
         return conv(input)
     if input.dtype not in functional.CPU_CONV_DTYPES or input.dtype != conv.weight.dtype:
         return conv(input)
@@ -87,11 +92,18 @@ def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
         act is None
         or why_not_act(act)
         or not isinstance(residual, Tensor)
-        or input.dim() != 4
+        or _dimensions(input) != 4
         or not alike(residual, input.shape, input.dtype, input.device)
     ):
         return _add_act(input, residual, act)
     return functional.add_relu(input, residual)
+
+
+def _dimensions(input: Tensor) -> int:
+    """Asked of an input only where no module's own forward is to see it: ``TypeError`` for what is
+    no tensor."""
+    checks.tensor("input", input)
+    return input.dim()
 
 
 # --- the calls of functional ----------------------------------------------------------------------
@@ -154,8 +166,8 @@ def uncount(batches: Tensor | None) -> None:
         batches.sub_(1)
 
 
-def _one_by_one(input: Tensor, bn: nn.Module, act: Act, residual, via) -> Tensor:
-    output = bn(input)
+def _behind_bn(output: Tensor, act: Act, residual, via) -> Tensor:
+    """Module by module."""
     for module in via:
         output = module(output)
     return _add_act(output, residual, act)

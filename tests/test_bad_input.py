@@ -3,6 +3,7 @@ and what came, and nothing is changed. What eager accepts or refuses, we do too.
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,47 @@ def test_refused_by_name_before_anything_runs(mistake):
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
     assert not calls.made, "a kernel ran"
+
+
+def _iadd_block():
+    """A site whose addition is in place, which a converted model calls in another way."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, residual):
+            out = self.bn(self.conv(x))
+            out += residual
+            return F.relu(out)
+
+    return fastres.convert(Block())
+
+
+# each takes a map of 8 channels, or 3
+MODULES = {
+    "ConvBNReLU": lambda: fastres.nn.ConvBNReLU(8, 8),
+    "BNReLU": lambda: fastres.nn.BNReLU(8),
+    "AddReLU": lambda: functools.partial(fastres.nn.AddReLU(), residual=torch.zeros(2, 8, 5, 5)),
+    "BasicBlock": lambda: fastres.nn.BasicBlock(8, 8),
+    "Bottleneck": lambda: fastres.nn.Bottleneck(8, 2),
+    "cifar_resnet8": lambda: fastres.models.create("cifar_resnet8"),
+    "cifar_resnetv2_11": lambda: fastres.models.create("cifar_resnetv2_11"),
+    "teaching_resnet18": lambda: fastres.models.create("teaching_resnet18"),
+    "converted": lambda: fastres.convert(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))),
+    "converted, +=": lambda: functools.partial(_iadd_block(), residual=torch.zeros(2, 8, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_refuse_what_is_no_tensor_by_name(name):
+    module = MODULES[name]()
+    for wrong in ([1.0], None, np.zeros((2, 8, 5, 5), "float32")):
+        message = f"input: expected a Tensor, got {type(wrong).__name__}"
+        with Calls() as calls, pytest.raises(TypeError, match=message):
+            module(wrong)
+        assert not calls.made, "a kernel ran"
 
 
 @pytest.mark.parametrize("case", ["one value", "channels", "residual", "dtype", "kernel"])

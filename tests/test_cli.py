@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import fastres
-from fastres import cli, compare, compat, timing
+from fastres import cli, compare, compat, models, timing
 from fastres.cli.images import batches_of, load_images
 from fastres.cli.model import build_model
-from fastres.training.recipes import IMAGENET_MEAN, IMAGENET_STD
+from fastres.training.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES
 
 SMALL = ["--size", "32", "--rounds", "2", "--providers", "eager", "fastres"]
 
@@ -275,6 +275,30 @@ def test_help_says_what_an_exit_status_means(capsys):
     out = capsys.readouterr().out
     assert "1 fastres disagrees with eager, 2 wrong use" in " ".join(out.split())
     assert "``" not in out
+
+
+def test_help_of_training_shows_every_recipes_values(capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, "fashion", RECIPES["fashion"].changed({"lr": 0.0123}))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "learning rate [cifar, imagenet: 0.1; cifar2: 0.001; fashion: 0.0123]",
+        "at a milestone [all: 0.1]",
+        "[cifar: 0.5 0.75; cifar2, fashion: none; imagenet: 0.33333 0.66667]",
+        "[cifar, fashion, imagenet: none; cifar2: airplane bird]",
+    ):
+        assert line in out
+
+
+def test_models_are_listed(capsys):
+    assert run(capsys, "models") == (0, "\n".join(models.list_models()) + "\n", "")
+    status, out, _ = run(capsys, "models", "wide_*", "wide_resnet50_2", "teaching_resnet18")
+    listed = out.split()
+    assert status == 0 and listed[-1] == "teaching_resnet18"
+    assert listed[:-1] == models.list_models("wide_*") and len(listed) > 2
+    status, out, err = run(capsys, "models", "resnet5")
+    assert (status, out) == (2, "") and "PATTERN: no model" in err and "resnet50" in err
 
 
 def test_python_m_fastres():

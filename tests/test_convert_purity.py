@@ -178,6 +178,18 @@ class OwnDict(Block):
         return StringKeyed(out=super().forward(x))
 
 
+def halved(x):
+    return x.mul_(0.5)
+
+
+torch.fx.wrap("halved")  # as torchvision does with stochastic_depth
+
+
+class CallsWrapped(Block):
+    def forward(self, x):
+        return super().forward(halved(x * 1)) + x
+
+
 UNTRACEABLE = {
     Counts: "sets the attribute calls", CountsInADict: "changes a list or dict",
     Remembers: "changes a list or dict", StochasticDepth: "torch.rand",
@@ -186,6 +198,7 @@ UNTRACEABLE = {
     DependsOnShape: "decision depends on a tensor", Swallows: "'try'", NoGrad: "'with'",
     DependsOnGradMode: "is_grad_enabled", Decorated: "decorated", VarArgs: "inputs",
     Configured: "config", MakesATensor: "torch.ones", OwnDict: "StringKeyed",
+    CallsWrapped: "halved, hidden by torch.fx.wrap",
 }  # fmt: skip
 
 

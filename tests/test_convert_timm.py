@@ -4,7 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
-from converting import assert_same, assert_whole_model_agrees, kinds, reasons, results
+from converting import (
+    assert_same,
+    assert_whole_model_agrees,
+    kinds,
+    randomized,
+    reasons,
+    results,
+)
 
 import fastres
 from fastres.compat import import_timm
@@ -65,6 +72,19 @@ def test_what_does_not_fit_is_kept_with_the_reason():
     assert reasons(fastres.convert(preactivated)) == {}
     why = Counter(reasons(fastres.convert(standardised)).values())
     assert why["StdConv2d is not nn.Conv2d"] == 53
+
+
+def test_other_activations_inside_a_batch_norm():
+    model = timm.create_model("test_efficientnet", pretrained=False, num_classes=10)
+    converted = assert_whole_model_agrees(randomized(model), torch.randn(2, 3, 33, 40))
+    assert kinds(converted) == {"conv_bn": 13, "conv": 4, "mean_linear": 1}
+    assert reasons(converted) == {}
+    for m in (converted, model):  # the activation is called as it was
+        act = m.blocks[1][0].bn1.act
+        act.register_forward_hook(lambda module, inputs, output: output * 2)
+    x = torch.randn(2, 3, 33, 40).double()
+    assert_same(results(converted, [x], True), results(model, [x], True))
+    assert reasons(converted) == {}
 
 
 @pytest.mark.parametrize(

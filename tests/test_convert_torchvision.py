@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 torchvision = import_torchvision()
 models = torchvision.models
 Bottleneck = models.resnet.Bottleneck
+MBConvConfig = models.efficientnet.MBConvConfig
 
 
 BOTTLENECKS = {"conv_bn_relu": 33, "conv_bn_add_relu": 16, "conv_bn": 4}
@@ -134,6 +135,17 @@ def test_detector_up_to_its_regions():
         torch.testing.assert_close(ours, eager)
 
 
+def _small_efficientnet():
+    """Its stochastic depth is a function that torch.fx.wrap hides from a trace."""
+    stages = [
+        MBConvConfig(1, 3, 1, 16, 16, 2, 1.0, 1.0),
+        MBConvConfig(4, 3, 2, 16, 24, 1, 1.0, 1.0),
+    ]
+    return models.EfficientNet(
+        stages, dropout=0.2, stochastic_depth_prob=0.5, last_channel=32, num_classes=5
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -153,8 +165,9 @@ def test_detector_up_to_its_regions():
                 "mean_linear": 1,
             },
         ),
+        (_small_efficientnet, {"conv_bn": 9, "conv": 6, "mean_linear": 1}),
     ],
-    ids=["vgg", "mobilenet", "densenet"],
+    ids=["vgg", "mobilenet", "densenet", "efficientnet"],
 )
 def test_other_families_are_right_too(make, expected):
     model = make().double()

@@ -68,6 +68,21 @@ def test_bound_over_models_and_sizes(torchvision):
     assert all((tensor == batch).all() for tensor, batch in zip(kept, (1, 4, 2, 1, 3), strict=True))
 
 
+def test_calls_that_recur_map_no_memory():
+    """Small outputs of many sizes, and one that is most of what is ever in use at once."""
+    resource = pytest.importorskip("resource")
+    kilobytes = (*range(300, 2000, 300), 4800)
+    inputs = [torch.zeros(1, 1, each, 256) for each in kilobytes]
+
+    def page_faults_of_a_call() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for x in inputs:
+            functional.add_relu(x, x)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(page_faults_of_a_call() for _ in range(8)) == 0
+
+
 def test_memory_is_given_back():
     """In a process of its own: resident memory after a large call and many small ones."""
     script = f"""

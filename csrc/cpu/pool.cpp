@@ -22,8 +22,8 @@ Pool::Block* Pool::take(size_t wanted) {
   const size_t bytes = rounded(std::max(wanted, size_t{1}), kGrain);
   const std::lock_guard lock(mutex_);
   Block* block = find(bytes);
-  if (block == nullptr) block = grow(bytes);
-  if (block == nullptr) {
+  if (block == nullptr && fits(bytes)) block = grow(bytes);
+  if (block == nullptr) {  // before an arena is given back for a new one, which costs page faults
     join_all();
     block = find(bytes);
     if (block == nullptr) block = grow(bytes);
@@ -62,6 +62,11 @@ Pool::Block* Pool::find(size_t bytes) const {
     if (!it->second->sized || it->first == bytes) return it->second;
   }
   return nullptr;
+}
+
+// Whether one more arena keeps within the bound, whatever else is held.
+bool Pool::fits(size_t bytes) const {
+  return held_ + rounded(bytes, kHugePage) <= limit(in_use_ + bytes);
 }
 
 // A free block of at least `bytes`, an arena of its own.

@@ -70,6 +70,7 @@ class Pool {
  private:
   size_t limit(size_t in_use) const;
   Block* find(size_t bytes) const;
+  bool fits(size_t bytes) const;
   Block* grow(size_t bytes);
   void split(Block* block, size_t bytes);
   Block* join_neighbours(Block* block);

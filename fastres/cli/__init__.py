@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import fastres
 
 from ..compare import ProviderError
-from . import compare, evaluate, info, lesion, summary, table, train
+from . import compare, evaluate, info, lesion, models, summary, table, train
 from .common import UserError
 
-COMMANDS = (info, summary, compare, table, train, evaluate, lesion)
+COMMANDS = (info, models, summary, compare, table, train, evaluate, lesion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,7 +57,9 @@ def branch(input, links, residual=None, in_place=False):
 
 def _fits(residual, input: Tensor, conv) -> bool:
     """Whether the residual has the shape and dtype of what the convolution gives."""
-    if not isinstance(residual, Tensor) or input.dim() != 4 or fusable.why_not_conv(conv):
+    if not (isinstance(residual, Tensor) and isinstance(input, Tensor)) or input.dim() != 4:
+        return False
+    if fusable.why_not_conv(conv):
         return False
     return sites.fits_convolution(residual, input, conv)
 

@@ -91,6 +91,8 @@ class _Finder:
         for node in self.nodes:
             if node not in self.taken and self.is_bn(node):
                 self.first_safe(node, self.chains(node))
+        for node in self.nodes:
+            self.first_safe(node, self.acting_apart(node))
         if not self.traced.training:
             self.result.found = [self.with_pool(match) for match in self.result.found]
         for node in self.nodes:
@@ -212,6 +214,15 @@ class _Finder:
             )  # fmt: skip
         if stretch or has_relu:
             yield Match([end, *via], input, None, end.target, paths, bn_has_relu=has_relu)
+
+    def acting_apart(self, bn: Node):
+        """``conv -> bn`` where timm's batch norm has another activation inside than ReLU."""
+        module = self.traced.module(bn)
+        if module is None or not fusable.acts_apart(module) or not _unary(bn):
+            return
+        conv = bn.args[0]
+        if isinstance(self.traced.module(conv), nn.Conv2d) and not self.why_not_conv(conv):
+            yield Match([conv, bn], conv.args[0], conv.target, bn.target)
 
     def with_pool(self, match: Match) -> Match:
         """A stem with the max-pool behind it, where that is its only user."""

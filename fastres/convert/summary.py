@@ -166,6 +166,8 @@ class _Summariser:
             if not modules:
                 return
         rest = [m for m in modules if not (site.conv and m is modules[0] and "conv" in kind)]
+        if kind == "conv_bn":
+            rest = [m for m in rest if not fusable.acts_apart(m)]
         why_not = heads.why_not if kind == heads.KIND else _why_not
         reasons = filter(None, map(why_not, rest))
         self.add(path, kind, modules, reason or next(reasons, ""))

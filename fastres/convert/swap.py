@@ -121,7 +121,7 @@ def _bind(plan, args: tuple, kwargs: dict) -> list | None:
     if not plan.required or len(args) > len(names):
         return None
     given = dict(zip(names, args, strict=False))
-    if not given.keys().isdisjoint(kwargs):
+    if any(name in given for name in kwargs):  # torch.compile does not know dict.keys().isdisjoint
         return None
     given.update(kwargs)
     required = [given.pop(name) for name in plan.required if name in given]

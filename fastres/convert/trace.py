@@ -101,6 +101,9 @@ def trace(
         raise tracer.refusal(f"forward could not be traced: {tracer.failure}")
     if tracer.keeps_values():
         raise Refused("forward keeps a tensor beyond the call")
+    for node in graph.nodes:
+        if node.meta.get("is_wrapped"):  # nobody knows what it does with its arguments
+            raise Refused(f"forward calls {node.target.__name__}, hidden by torch.fx.wrap")
     guards = {**tracer.watch.guards, **tracer.structure_guards()}
     modules = {path: m for m, path in tracer.paths.items()}
     return Trace(

@@ -40,7 +40,7 @@ class Recipe:
     flip: int = _value(0, "1: mirror every second image, at random")
     mean: tuple[float, ...] = _value(CIFAR_MEAN, "of the pixels, a channel")
     std: tuple[float, ...] = _value(CIFAR_STD, "of the pixels, a channel")
-    classes: tuple[str, ...] = _value((), "names or numbers of those to learn (default: all)")
+    classes: tuple[str, ...] = _value((), "names or numbers of those to learn; none: all")
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
