@@ -17,16 +17,17 @@ void wait_in_half() {
   if (threadIdx.x < kThreads / 2) __syncthreads();
 }
 
-// Two blocks of a cluster wait for each other's arrival; in the end they wait for all, or do not.
+// Two blocks of a cluster wait for each other's arrival; or the first one does not, and is gone
+// when the second one arrives there.
 void meet(bool arrive, bool together) {
   using namespace fastres::cuda;
   auto* barrier = reinterpret_cast<uint64_t*>(dynamic_shared());
   if (threadIdx.x == 0) barrier_init(barrier, 1);
   cluster_sync();
-  if (threadIdx.x == 0 && (arrive || cluster_rank() == 0)) {
-    barrier_arrive(barrier, 1 - cluster_rank());
-  }
-  if (cluster_rank() == 1 || together) barrier_wait(barrier, 0);
+  const int rank = cluster_rank();
+  if (rank == 1 && !together) emulator::wait_until([] { return emulator::blocks[0].running == 0; });
+  if (threadIdx.x == 0 && (arrive || rank == 0)) barrier_arrive(barrier, 1 - rank);
+  if (rank == 1 || together) barrier_wait(barrier, 0);
 }
 
 template <typename F>
