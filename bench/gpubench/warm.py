@@ -11,11 +11,10 @@ from fastres.kernels import configs, conv_descriptors
 from fastres.kernels.conv_dgrad import Behind, dgrad
 from fastres.kernels.conv_fprop import fprop
 from fastres.kernels.conv_operands import Affine, Norm
-from fastres.kernels.conv_shape import Shape, taps_by_class
+from fastres.kernels.conv_shape import Shape, flat_channels, taps_by_class
 from fastres.kernels.conv_wgrad import wgrad
 
 BATCH = 16  # sizes divisible by 16 are compiled alike
-FLAT = 8  # so few channels are one axis with the taps
 
 
 def run(emit, budget, device) -> None:
@@ -42,7 +41,7 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
     problem = Problem(conv, batch, torch.device(device))
     tiles = configs.TILES[configs.architecture(problem.x.device)]
     launches = _alone(problem)
-    if conv.cin > FLAT:
+    if not flat_channels(1, conv.cin):
         launches += _of_a_chain(problem)
     if tiles["descriptors"]:  # whose boxes are chosen by the batch
         launches += _on_descriptors(Problem(conv, MEASURED, torch.device(device)))
@@ -59,7 +58,7 @@ def _alone(problem) -> list:
     """The output in eval and with the batch's statistics, and the gradients."""
     norm = Norm(problem.mean, problem.var, problem.scale, problem.shift, 1e-5)
     epilogue = {"norm": norm, "residual": problem.residual, "relu": problem.conv.relu}
-    flat = problem.conv.cin <= FLAT
+    flat = flat_channels(1, problem.conv.cin)
     return [
         ("flat" if flat else "plain", _fprop(problem, **epilogue)),
         ("flat" if flat else "statistics", _fprop(problem, statistics=True)),
@@ -87,7 +86,7 @@ def _on_descriptors(problem) -> list:
     if not conv_descriptors.fprop_obstacle(shape, groups, None, x, w):
         calls += [evaluated, trained]
     if not conv_descriptors.dgrad_obstacle(groups, taps_by_class(shape, x.shape[1]), dy, w):
-        calls += [gradient, _of_a_chain(problem)[1][1]]
+        calls += [gradient, dict(_of_a_chain(problem))["masked"]]
     return [("descriptors", call) for call in calls]
 
 

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "conv_epilogue.cuh"
-#include "conv_prologue.cuh"
 #include "conv_ring.cuh"
 
 namespace fastres::cuda {
@@ -39,13 +38,6 @@ struct ConvMemory {
 struct ConvMaps {
   TensorMap input, filter, output, beside;
 };
-
-// Operand of a product: rows of 128 bytes, swizzled; eight of them are 1024 bytes.
-__device__ inline uint64_t operand(const char* rows) {
-  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
-  return (shared_address(rows) & 0x3ffff) >> 4 | uint64_t(1) << 16 | kEightRows << 32 |
-         kSwizzle128 << 62;
-}
 
 // --- the producer ---
 
@@ -104,31 +96,23 @@ __device__ void conv_produce(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
 
 // --- the consumers ---
 
-// The prologue of a warpgroup's 64 rows of a stage, in place before they are multiplied: a thread
-// has the same pack of four of them.
+// The prologue of a warpgroup's 64 rows of each stage of a tile.
 template <typename T>
 class Prologue {
  public:
   __device__ Prologue(const ConvShape& shape, const ConvTiles& tiles, int tile, int group)
       : shape_(shape),
         group_(group),
-        row_(threadIdx.x % 128 / 8),
-        pack_(threadIdx.x % 8),
-        windows_(shape, tiles.pixel(tile) + group * 64 + row_, 16) {}
+        windows_(shape, tiles.pixel(tile) + group * 64 + box_row(), 16) {}
 
-  __device__ void operator()(char* rows, const Vectors<float>& vectors) {
-    if (const int c = step_.c + pack_ * 8; c < shape_.c) {
-      normalise<T>(windows_, step_.r, step_.s, c, vectors,
-                   [&](int i) { return place_in(rows, row_ + 16 * i, pack_ * 8); });
-    }
+  __device__ void operator()(char* box, const Vectors<float>& vectors) {
+    prepare_box<T>(box, shape_, windows_, step_.r, step_.s, step_.c, vectors, group_);
     step_.advance(shape_);
-    fence_shared();
-    group_sync(1 + group_, 128);
   }
 
  private:
   const ConvShape& shape_;
-  int group_, row_, pack_;
+  int group_;
   Windows<4> windows_;
   Step<ConvTiles::kChunk> step_;
 };
@@ -211,8 +195,8 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
     const auto products = [&](auto prepare) {
       multiply<T, false, ConvMemory<kTileK>::kStages, ConvMemory<kTileK>::kCluster>(
           m.full, m.empty, sum, stage, steps, threadIdx.x % 32, prepare,
-          [&](int i) { return operand(m.input[i] + group * kBoxBytes); },
-          [&](int i) { return operand(m.filter[i]); });
+          [&](int i) { return operand<false>(m.input[i] + group * kBoxBytes); },
+          [&](int i) { return operand<false>(m.filter[i]); });
     };
     if constexpr (kPrologue) {
       Prologue<T> prologue(shape, tiles, tile, group);

@@ -108,7 +108,8 @@ inline bool fits_im2col(const ConvShape& s) {
 }
 
 // Whether the tiles of sm_90's kernel come in pairs, each of which loads half of the filters for
-// both: what a multiprocessor gets of the cache is less than its tensor cores could use.
+// both: by what is published of the H100 a multiprocessor gets less of the cache than its tensor
+// cores could use. Not measured.
 constexpr bool are_paired(int tile_k) { return tile_k > 64; }
 
 // Filters of a tile, `most` or less: those with which the multiprocessors, that compute a tile at a

@@ -2,6 +2,7 @@
 // through the tensor memory accelerator and emptied by two warpgroups that multiply.
 #pragma once
 
+#include "conv_prologue.cuh"
 #include "sm90.cuh"
 
 namespace fastres::cuda {
@@ -35,6 +36,33 @@ __device__ void release(uint64_t* empty) {
     barrier_arrive(empty);
   else
     for (int rank = 0; rank < kCluster; ++rank) barrier_arrive(empty, rank);
+}
+
+// Describes an operand of a product: boxes of 64 values a row. Where the sum runs over the rows,
+// the operand is transposed, and its columns may go on in the next box.
+template <bool kTransposed>
+__device__ inline uint64_t operand(const char* box) {
+  constexpr uint64_t kNextBox = kTransposed ? kBoxBytes >> 4 : 1;
+  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  return (shared_address(box) & 0x3ffff) >> 4 | kNextBox << 16 | kEightRows << 32 |
+         kSwizzle128 << 62;
+}
+
+// Of the pixels of a warpgroup's box a thread prepares this one and every 16th behind it.
+__device__ inline int box_row() { return threadIdx.x % 128 / 8; }
+
+// The prologue of a warpgroup's box of 64 pixels x 64 channels, in place before it is multiplied; a
+// thread has the same pack of its four pixels.
+template <typename T>
+__device__ void prepare_box(char* box, const ConvShape& shape, const Windows<4>& windows, int r,
+                            int s, int channel, const Vectors<float>& vectors, int group) {
+  const int column = threadIdx.x % 8 * 8;
+  if (channel + column < shape.c) {
+    normalise<T>(windows, r, s, channel + column, vectors,
+                 [&](int i) { return place_in(box, box_row() + 16 * i, column); });
+  }
+  fence_shared();
+  group_sync(1 + group, 128);
 }
 
 // sum = the products of `steps` stages, 64 of the inner dimension each, one warpgroup's rows.

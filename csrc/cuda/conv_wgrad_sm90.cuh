@@ -4,7 +4,6 @@
 // tensor cores transpose, and a block computes one tile of one share of the pixels.
 #pragma once
 
-#include "conv_prologue.cuh"
 #include "conv_ring.cuh"
 #include "conv_wgrad.h"
 
@@ -19,13 +18,6 @@ struct WgradMemory {
   alignas(1024) char input[kStages][kInputBytes];
   uint64_t full[kStages], empty[kStages];
 };
-
-// Operand of a product whose sum runs over the rows of boxes of 64 x 64 values.
-__device__ inline uint64_t transposed_operand(const char* box) {
-  constexpr uint64_t kNextBox = kBoxBytes >> 4, kEightRows = 1024 >> 4, kSwizzle128 = 1;
-  return (shared_address(box) & 0x3ffff) >> 4 | kNextBox << 16 | kEightRows << 32 |
-         kSwizzle128 << 62;
-}
 
 // The pixels of this block's share: first step and number of steps.
 struct Share {
@@ -77,21 +69,6 @@ __device__ void wgrad_produce(WgradMemory<kTileK>& m, const TensorMap& grad, con
   }
 }
 
-// The prologue of a warpgroup's 64 pixels x 64 channels of a stage, in place before they are
-// multiplied: a thread has the same pack of four of the pixels.
-template <typename T>
-__device__ void wgrad_prepare(char* box, const ConvShape& shape, const WgradRows& at, int pixel,
-                              int group, const Vectors<float>& vectors) {
-  const int row = threadIdx.x % 128 / 8, pack = threadIdx.x % 8;
-  if (const int c = at.channel + pack * 8; c < shape.c) {
-    const Windows<4> windows(shape, int64_t(pixel) + row, 16);
-    normalise<T>(windows, at.r, at.s, c, vectors,
-                 [&](int i) { return place_in(box, row + 16 * i, pack * 8); });
-  }
-  fence_shared();
-  group_sync(1 + group, 128);
-}
-
 template <typename T, int kTileK, bool kPrologue>
 __device__ void wgrad_consume(WgradMemory<kTileK>& m, const ConvShape& shape,
                               const WgradTiles& tiles, const ConvWgrad& w) {
@@ -106,12 +83,14 @@ __device__ void wgrad_consume(WgradMemory<kTileK>& m, const ConvShape& shape,
   multiply<T, true, M::kStages>(
       m.full, m.empty, sum, stage, share.steps, lane,
       [&](int i) {
-        if constexpr (!kPrologue) return;
-        wgrad_prepare<T>(box(i), shape, at, pixel, group, w.prologue);
-        pixel += WgradTiles::kPixels;
+        if constexpr (kPrologue) {
+          const Windows<4> windows(shape, int64_t(pixel) + box_row(), 16);
+          prepare_box<T>(box(i), shape, windows, at.r, at.s, at.channel, w.prologue, group);
+          pixel += WgradTiles::kPixels;
+        }
       },
-      [&](int i) { return transposed_operand(box(i)); },
-      [&](int i) { return transposed_operand(m.grad[i]); });
+      [&](int i) { return operand<true>(box(i)); },
+      [&](int i) { return operand<true>(m.grad[i]); });
   if (!at.exist) return;
   const int64_t row = int64_t(shape.r) * shape.s * shape.c;  // of one filter
   const int first = at.channel + threadIdx.x % 128 / 32 * 16 + lane / 4;
