@@ -134,6 +134,7 @@ def test_loads_are_under_way_together(architecture):
 @pytest.mark.parametrize("stem, forms", [
     ("conv_fprop_sm90", 20),  # two types, three widths, two epilogues; two widths masked, prologue
     ("conv_wgrad_sm90", 12),  # two types, three widths, with a prologue and without
+    ("conv_split_sm90", 2),  # two types
 ])  # fmt: skip
 def test_the_convolutions_use_hoppers_units(stem, forms):
     found = {k: v for k, v in instructions("sm_90a").items() if stem in k}
@@ -141,7 +142,12 @@ def test_the_convolutions_use_hoppers_units(stem, forms):
     for name, counter in found.items():
         assert count(counter, "HGMMA"), name
         assert count(counter, "UTMALDG", "IM2COL"), name
-        assert count(counter, "USETMAXREG") == 2, name
+        split = stem == "conv_split_sm90"
+        assert count(counter, "USETMAXREG") == (0 if split else 2), name
+        assert bool(count(counter, "UTMAPF")) == split, (
+            name
+        )  # filters, before the operands are there
+        assert bool(count(counter, "ACQBULK")) == bool(count(counter, "PREEXIT")) == split, name
         assert count(counter, "SYNCS"), name
         assert bool(count(counter, "UTMASTG")) == (stem == "conv_fprop_sm90"), name
         paired = stem == "conv_fprop_sm90" and "Li64E" not in name
@@ -186,7 +192,7 @@ def test_the_extension_names_its_kernels():
     names = extension.build_info()["cuda_kernels"]
     assert {"bn_relu_moments", "bn_relu_apply"} <= set(names)
     assert "conv_fprop_sm80" in names
-    for kernel in ("conv_fprop_sm90", "conv_wgrad_sm90"):
+    for kernel in ("conv_fprop_sm90", "conv_split_sm90", "conv_wgrad_sm90"):
         assert (kernel in names) == ("sm_90a" in ARCHITECTURES)
     info = extension.cuda_info()
     assert info["runtime"] >= 12000 and (info["devices"] or info["error"])

@@ -1,5 +1,4 @@
-"""The CUDA convolutions, for sm_90a and portable, run on the CPU by the emulator, against naive sums
-in fp64."""
+"""The CUDA convolutions, run on the CPU by the emulator, against naive sums in fp64."""
 
 import ctypes
 
@@ -14,8 +13,12 @@ from emulated_conv import MULTIPROCESSORS, SHAPES, numbers, operands_for, pixels
 KERNELS = [("sm90", 64), ("sm90", 128), ("sm90", 256), ("portable", 64), ("portable", 128)]
 
 
+NO_NORM = (None,) * 5  # nor a bias
+
+
 def convolve(
-    shape, x, f, skip, raw, scale, shift, kernel, moments, relu, prologue=(None,) * 4
+    shape, x, f, skip, raw, norm, kernel, moments, relu, prologue=(None,) * 4,
+    multiprocessors=MULTIPROCESSORS,
 ):  # fmt: skip
     guard = emulating.Guarded()
     n, k, p, q = raw.shape
@@ -25,9 +28,9 @@ def convolve(
     emulating.call(
         emulating.library("conv_fprop").conv_fprop, emulating.dtype_name(x), numbers(shape),
         emulating.arrays(
-            pixels_of(x), pixels_of(f), pixels_of(skip), y, scale, shift, mean, invstd, *prologue
+            pixels_of(x), pixels_of(f), pixels_of(skip), y, *norm, mean, invstd, *prologue
         ),
-        name == "portable", tile, MULTIPROCESSORS, moments, relu,
+        name.encode(), tile, multiprocessors, moments, relu,
     )  # fmt: skip
     guard.check()
     return y.view(n, p, q, k).permute(0, 3, 1, 2), mean, invstd
@@ -42,23 +45,86 @@ def normalised(x, vectors):
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 @pytest.mark.parametrize("name", SHAPES)
 def test_eval_epilogue(name, kernel):
-    """scale, shift, residual and ReLU; every shape in both dtypes over the tiles."""
+    """Bias, batch norm, residual and ReLU; every shape in both dtypes over the tiles."""
     shape = SHAPES[name]
     half, bfloat16 = torch.float16, torch.bfloat16
     dtype = bfloat16 if (kernel in KERNELS[1::2]) != (len(name) % 2 == 0) else half
-    residual = kernel not in KERNELS[::3]
+    check_eval(shape, dtype, kernel, residual=kernel not in KERNELS[::3], relu=name != "1x1")
+
+
+def check_eval(shape, dtype, kernel, residual, relu, multiprocessors=MULTIPROCESSORS):
     x, f, raw, skip = operands_for(shape, dtype, residual)
-    scale, shift = torch.randn(shape[4]), torch.randn(shape[4])
-    y, *_ = convolve(shape, x, f, skip, raw, scale, shift, kernel, False, relu=name != "1x1")
+    conv_bias, mean, weight, bias = (torch.randn(shape[4]) for _ in range(4))
+    norm = (conv_bias, mean, torch.rand(shape[4]) + 0.5, weight, bias)
+    if not residual and not relu:
+        norm = (conv_bias, *NO_NORM[1:])
+    y, *_ = convolve(
+        shape, x, f, skip, raw, norm, kernel, False, relu, multiprocessors=multiprocessors
+    )
 
     def finish(sums):
-        exact = sums * scale.view(-1, 1, 1).to(sums.dtype) + shift.view(-1, 1, 1).to(sums.dtype)
+        bias, *statistics = (None if v is None else v.to(sums.dtype) for v in norm)
+        exact = sums + bias.view(-1, 1, 1)
+        if norm[1] is not None:
+            exact = F.batch_norm(exact, *statistics)
         exact = exact if skip is None else exact + skip
-        return exact if name == "1x1" else F.relu(exact)
+        return F.relu(exact) if relu else exact
 
-    (*geometry,) = shape[7:]
-    eager = finish(F.conv2d(x, f, None, *geometry).float()).to(dtype)
-    assert_close(y, eager, finish(raw), name)
+    eager = finish(F.conv2d(x, f, None, *shape[7:]).float()).to(dtype)
+    assert_close(y, eager, finish(raw), str(shape))
+
+
+# --- a tile's sum split between the blocks of a cluster ---
+
+
+def shares_of(shape, multiprocessors) -> int:
+    return emulating.library("conv_fprop").shares_of(numbers(shape), multiprocessors)
+
+
+def split_problems():
+    """Every shape with each number of shares that it can have, and the multiprocessors for that."""
+    for name, shape in SHAPES.items():
+        found = {shares_of(shape, m): m for m in reversed(range(1, 200))}
+        yield from ((name, shares, m) for shares, m in sorted(found.items()) if shares)
+
+
+def test_a_split_sum():
+    """In one share to eight; beginning while the kernel before runs, whose results it waits for."""
+    tried = set()
+    for i, (name, shares, multiprocessors) in enumerate(split_problems()):
+        tried.add(shares)
+        dtype = torch.bfloat16 if i % 2 else torch.float16
+        check_eval(SHAPES[name], dtype, ("split", 64), i % 3 < 2, i % 5 != 0, multiprocessors)
+    assert tried == {1, 2, 4, 8}
+
+
+# n, c, size, k, kernel: how an H200 should share out the sums of a ResNet-50's layers
+SPLIT = {
+    (1, 512, 7, 512, 3): 8,  # 8 tiles of 72 steps
+    (1, 2048, 7, 512, 1): 8,
+    (1, 512, 7, 2048, 1): 4,  # 32 tiles
+    (1, 64, 56, 64, 3): 4,  # 25 tiles
+    (1, 64, 56, 256, 1): 1,  # 100 tiles of one step
+    (8, 256, 14, 256, 3): 2,  # 52 tiles
+    (32, 512, 7, 512, 3): 1,  # 104 tiles
+    (64, 512, 7, 512, 3): 0,  # 200 tiles: not this kernel's
+}
+
+
+@pytest.mark.parametrize("layer", SPLIT, ids=str)
+def test_shares_of_a_sum(layer):
+    n, c, size, k, kernel = layer
+    shape = (n, c, size, size, k, kernel, kernel, (1, 1), (kernel // 2,) * 2, (1, 1))
+    assert shares_of(shape, 132) == SPLIT[layer]
+
+
+def test_shares_of_a_sum_cover_it():
+    covers = emulating.library("conv_fprop").shares_cover
+    covers.restype = ctypes.c_bool
+    assert all(covers(numbers(shape)) for shape in SHAPES.values())
+
+
+# --- statistics, and what a convolution does not do ---
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
@@ -70,7 +136,7 @@ def test_training_epilogue(name, kernel):
     for offset in (0, 8):
         x = (x + offset).to(dtype)
         raw = F.conv2d(x.double(), f.double(), None, *SHAPES[name][7:])
-        y, mean, invstd = convolve(SHAPES[name], x, f, None, raw, None, None, kernel, True, False)
+        y, mean, invstd = convolve(SHAPES[name], x, f, None, raw, NO_NORM, kernel, True, False)
         assert_close(y, F.conv2d(x, f, None, *SHAPES[name][7:]), raw, name)
         variance, centre = torch.var_mean(y.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(mean.double(), centre, rtol=1e-6, atol=1e-6)
@@ -83,19 +149,19 @@ def test_statistics_survive_cancellation(kernel):
     shape = (3, 64, 30, 29, 64, 1, 1, (1, 1), (0, 0), (1, 1))
     x = (torch.randn(shape[0], 64, 30, 29) + 2000).half()
     eye = torch.eye(64).view(64, 64, 1, 1).half()
-    y, mean, invstd = convolve(shape, x, eye, None, x, None, None, (kernel, 64), True, False)
+    y, mean, invstd = convolve(shape, x, eye, None, x, NO_NORM, (kernel, 64), True, False)
     assert torch.equal(y, x)
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact, rtol=1e-7, atol=0)
     torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kernel", ["sm90", "portable"])
+@pytest.mark.parametrize("kernel", ["sm90", "portable", "split"])
 def test_two_runs_give_the_same_bits(kernel):
     """Threads, blocks and copies run in another order each time."""
-    shape = SHAPES["3x3, stride 2"]
+    shape, split = SHAPES["3x3, stride 2"], kernel == "split"
     x, f, raw, _ = operands_for(shape, torch.bfloat16)
-    how = (None, raw, None, None, (kernel, 64), True, False)
+    how = (None, raw, NO_NORM, (kernel, 64), not split, False, (None,) * 4, 100 if split else 3)
     runs = [convolve(shape, x, f, *how) for _ in range(2)]
     assert_same_bits(*(dict(enumerate(run)) for run in runs))
 
@@ -131,7 +197,7 @@ def test_prologue(name, kernel):
 
     activated = normalised(x, vectors)
     exact = convolution(activated.double(), f.double())
-    y, found, _ = convolve(shape, x, f, None, raw, None, None, kernel, True, False, vectors)
+    y, found, _ = convolve(shape, x, f, None, raw, NO_NORM, kernel, True, False, vectors)
     assert_close(y, convolution(activated, f), exact, name)
     torch.testing.assert_close(found.double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
 

@@ -50,6 +50,7 @@ def test_strides_are_taken_apart_exhaustively():
 
 # kernel and filters of its tiles
 KERNELS = [("sm90", 64), ("sm90", 128), ("sm90", 256), ("portable", 64), ("portable", 128)]
+SPLIT = ("split", 64)  # its sums between the blocks of clusters
 BY_KERNEL = {"ids": lambda kernel: "-".join(map(str, kernel))}
 
 
@@ -66,7 +67,8 @@ def dgrad(shape, dy, f, x_shape, masks=None, kernel=KERNELS[0]):
         emulating.arrays(
             pixels_of(dy), pixels_of(f), dx, pixels_of(behind), *vectors, slopes, weight, bias,
         ),
-        kernel[0] == "portable", masks is not None, kernel[1], MULTIPROCESSORS,
+        kernel[0].encode(), masks is not None, kernel[1],
+        1000 if kernel == SPLIT else MULTIPROCESSORS,
     )  # fmt: skip
     guard.check()
     return dx.view(n, h, w, c).permute(0, 3, 1, 2), slopes.view(c, 2), weight, bias
@@ -83,7 +85,7 @@ def gradient_operands(name, dtype):
     return shape, x, f, dy
 
 
-@pytest.mark.parametrize("kernel", KERNELS, **BY_KERNEL)
+@pytest.mark.parametrize("kernel", [*KERNELS, SPLIT], **BY_KERNEL)
 @pytest.mark.parametrize("name", STRIDED)
 def test_gradient_of_the_input(name, kernel):
     dtype = torch.bfloat16 if (kernel[1] == 128) != (len(name) % 2 == 0) else torch.float16

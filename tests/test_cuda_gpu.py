@@ -26,12 +26,14 @@ CONVOLUTIONS = [
     ((32, 128, 56, 56), 128, 3, 2, 1, 1),
     ((32, 512, 7, 7), 512, 3, 1, 1, 1),
     ((1, 512, 7, 7), 2048, 1, 1, 1, 1),
+    ((1, 512, 7, 7), 512, 3, 1, 1, 1),  # sums between eight blocks
     ((32, 3, 224, 224), 64, 7, 2, 1, 1),
     ((32, 128, 28, 28), 128, 3, 1, 1, 32),
     ((25, 128, 56, 56), 128, 3, 1, 1, 1),  # an odd number of rows of tiles that come in pairs
     ((5, 64, 56, 56), 256, 1, 1, 1, 1),
     ((8, 64, 28, 28), 64, 3, 1, 2, 1),
     ((5, 24, 13, 11), 72, 3, 2, 1, 1),
+    ((300, 24, 13, 11), 72, 3, 2, 1, 1),  # the same for more tiles than multiprocessors
     ((2, 64, 300, 280), 64, 3, 1, 128, 1),  # beyond the tensor maps of sm_90: the portable kernel
     ((4, 64, 60, 57), 128, 3, 9, 1, 1),
 ]
@@ -307,6 +309,35 @@ def test_cuda_graph():
     graph.replay()
     assert torch.equal(output, call(**fresh))
     assert torch.equal(static["running_mean"], fresh["running_mean"])
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["stream", "graph"])
+def test_kernels_that_begin_early_wait_for_their_operands(graph):
+    """Convolutions of few tiles, each of the output of the one before, beside the same with a pause
+    between any two; memory is used again, too."""
+    ours, _ = convolution(((1, 256, 14, 14), 256, 3, 1, 1, 1))
+    operands = conv_operands(((1, 256, 14, 14), 256, 3, 1, 1, 1), torch.bfloat16)
+    static = operands.pop("input")
+
+    def run(pause=lambda: None):
+        x = static
+        for _ in range(30):
+            x = ours(x, **operands, training=False)
+            pause()
+        return x
+
+    with torch.no_grad():
+        expected = run(torch.cuda.synchronize)
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                found = run()
+        for _ in range(20):
+            if graph:
+                captured.replay()
+            else:
+                found = run()
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")

@@ -28,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv(
   if (!own_conv_serves(input, weight, g) || given(bias)) {
     c.output = vendor_conv(activated(input, before), weight, bias, g);
   } else if (!before && !statistics) {
-    c.output = own_conv(input, weight, g, {}, {}, std::nullopt, /*relu=*/false);
+    c.output = own_conv(input, weight, g, {}, std::nullopt, /*relu=*/false);
   } else {
     c = own_conv_moments(input, weight, g, NormVectors(before));
   }

@@ -29,7 +29,10 @@ at::Tensor conv(const at::Tensor& input, const at::Tensor& weight,
   check_conv(input, weight, bias, g);
   const Below below(input.device());
   if (!own_conv_serves(input, weight, g)) return vendor_conv(input, weight, bias, g);
-  return own_conv(input, weight, g, {}, vector<float>(bias), std::nullopt, /*relu=*/false)
+  const auto conv_bias = vector<float>(bias);
+  RunningBatchNorm none{};
+  none.conv_bias = data<const float>(conv_bias);
+  return own_conv(input, weight, g, none, std::nullopt, /*relu=*/false)
       .contiguous(conv_format(input, weight));
 }
 

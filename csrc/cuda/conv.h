@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "../conv_bn.h"
-#include "bn_relu.h"
+#include "conv_fprop.h"
 
 namespace fastres::cuda {
 
@@ -21,11 +21,10 @@ bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cp
 bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
                       const cpu::ConvGeometry& g);
 
-// act(conv2d(input, weight) * scale + shift + residual) by them; scale and shift: K values in
-// float32, or none.
+// act(batch_norm(conv2d(input, weight)) + residual) by them, in eval.
 at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
-                    const at::Tensor& scale, const at::Tensor& shift,
-                    const std::optional<at::Tensor>& residual, bool relu);
+                    const RunningBatchNorm& norm, const std::optional<at::Tensor>& residual,
+                    bool relu);
 
 // conv2d(input, weight) by them, and the moments of every filter's values: (K, segments) of
 // Moments<float>. With a prologue, C values in float32, the input is relu(batch_norm(input)).

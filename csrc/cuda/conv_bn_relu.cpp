@@ -1,31 +1,10 @@
-#include <ATen/ops/empty.h>
-
 #include "bn_relu_host.h"
 #include "conv.h"
-#include "conv_fprop.h"
 #include "operators.h"
 
 namespace fastres::cuda {
-namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// Batch norm with running statistics as a scale and a shift: (2, K) in float32.
-at::Tensor folded(const ConvBn& c) {
-  const int64_t k = c.weight.size(0);
-  const auto result = at::empty({2, k}, c.running_mean.options().dtype(at::kFloat));
-  const auto bias = vector<float>(c.bias), mean = vector<float>(c.running_mean),
-             var = vector<float>(c.running_var), bn_weight = vector<float>(c.bn_weight),
-             bn_bias = vector<float>(c.bn_bias);
-  float* scale = data<float>(result);
-  launch_fold_batch_norm(current_stream(result),
-                         {data<const float>(bias), data<const float>(mean), data<const float>(var),
-                          data<const float>(bn_weight), data<const float>(bn_bias), c.eps},
-                         k, scale, scale + k);
-  return result;
-}
-
-}  // namespace
 
 at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual,
@@ -41,8 +20,13 @@ at::Tensor conv_bn_relu(const at::Tensor& input, const at::Tensor& weight,
   const Below below(input.device());
   const auto format = conv_format(input, weight);
   if (own_conv_serves(input, weight, g)) {
-    const auto vectors = folded(c);
-    return own_conv(input, weight, g, vectors[0], vectors[1], residual, relu).contiguous(format);
+    const auto conv_bias = vector<float>(bias), mean = vector<float>(running_mean),
+               var = vector<float>(running_var), scale = vector<float>(bn_weight),
+               shift = vector<float>(bn_bias);
+    const RunningBatchNorm norm{data<const float>(conv_bias), data<const float>(mean),
+                                data<const float>(var),       data<const float>(scale),
+                                data<const float>(shift),     static_cast<float>(eps)};
+    return own_conv(input, weight, g, norm, residual, relu).contiguous(format);
   }
   const auto y = vendor_conv(input, weight, bias, g).contiguous(format);
   return std::get<0>(bn_relu(y, residual, running_mean, running_var, bn_weight, bn_bias,

@@ -17,7 +17,7 @@ template <int kTileK>
 constexpr int kHalfBytes = kTileK / 64 * kBoxBytes;
 
 // What a thread of the epilogue has to know of its columns, in shared memory before it begins.
-// kApply, of a pair of filters: scale, scale, shift, shift. kMask, of one: mean, scale and shift of
+// kApply, of a pair of filters: folded_pair(). kMask, of one: mean, scale and shift of
 // the batch norm behind.
 constexpr int kMostColumns = 128;
 
@@ -26,8 +26,19 @@ constexpr int kColumns = kEpilogue == Epilogue::kApply  ? kTileK / 2
                          : kEpilogue == Epilogue::kMask ? kTileK
                                                         : 0;
 
-__device__ inline float2 pair_of(const float* vector, int k, float otherwise) {
-  return vector ? *reinterpret_cast<const float2*>(vector + k) : float2{otherwise, otherwise};
+// Batch norm, and the convolution's bias before it, as a scale and a shift of filter k.
+__device__ inline float2 folded(const RunningBatchNorm& bn, int k) {
+  const auto of = [&](const float* vector, float otherwise) {
+    return vector ? vector[k] : otherwise;
+  };
+  const float scale = bn.var ? of(bn.weight, 1) / sqrtf(bn.var[k] + bn.eps) : 1;
+  return {scale, fmaf(of(bn.conv_bias, 0) - of(bn.mean, 0), scale, of(bn.bias, 0))};
+}
+
+// Of a pair of filters: scale, scale, shift, shift.
+__device__ inline float4 folded_pair(const RunningBatchNorm& bn, int k) {
+  const float2 left = folded(bn, k), right = folded(bn, k + 1);
+  return {left.x, right.x, left.y, right.y};
 }
 
 // Entry `i` for the tile that begins with `filter`, of `filters`: from global memory.
@@ -35,10 +46,7 @@ template <Epilogue kEpilogue, int kTileK>
 __device__ float4 column_of(const ConvEpilogue& e, int filter, int filters, int i) {
   const int k = filter + (kEpilogue == Epilogue::kApply ? 2 * i : i);
   if (i >= kColumns<kEpilogue, kTileK> || k >= filters) return {};
-  if constexpr (kEpilogue == Epilogue::kApply) {
-    const float2 scale = pair_of(e.scale, k, 1), shift = pair_of(e.shift, k, 0);
-    return {scale.x, scale.y, shift.x, shift.y};
-  }
+  if constexpr (kEpilogue == Epilogue::kApply) return folded_pair(e.norm, k);
   const Coefficients<float> behind = coefficients(e.behind, k);
   return {behind.mean, behind.scale, behind.shift, 0};
 }
@@ -124,27 +132,37 @@ __device__ inline float at_least(float x, float least) {
 #endif
 }
 
+// kApply, of a pair of filters: their sums, what a column says of them, what lies beside.
+template <typename T>
+__device__ Pack<T, 2> applied(const float* sum, const float4& column, bool residual,
+                              const Pack<T, 2>& skip, float least) {
+  float left = fmaf(sum[0], column.x, column.z), right = fmaf(sum[1], column.y, column.w);
+  if (residual) {
+    left += widen(skip.value[0]);
+    right += widen(skip.value[1]);
+  }
+  Pack<T, 2> y;
+  narrow(at_least(left, least), y.value[0]);
+  narrow(at_least(right, least), y.value[1]);
+  return y;
+}
+
+// The least that ReLU leaves, if there is one.
+__device__ inline float least_of(bool relu) { return relu ? 0 : -INFINITY; }
+
 // kApply, of a strip: to where the residual, if there is one, lies already.
 template <typename T, int HALF>
 __device__ void apply(const float (&sum)[HALF], const float4* columns, bool residual, bool relu,
                       const Strip& s) {
-  const float least = relu ? 0 : -INFINITY;
+  const float least = least_of(relu);
 #pragma unroll
   for (int j = 0; j < HALF / 4; ++j) {
-    const float4 k = columns[s.column(j) / 2];
+    const float4 column = columns[s.column(j) / 2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float left = fmaf(sum[4 * j + 2 * h], k.x, k.z);
-      float right = fmaf(sum[4 * j + 2 * h + 1], k.y, k.w);
-      if (residual) {
-        const auto skip = load<2>(s.at<T>(j, h));
-        left += widen(skip.value[0]);
-        right += widen(skip.value[1]);
-      }
-      Pack<T, 2> y;
-      narrow(at_least(left, least), y.value[0]);
-      narrow(at_least(right, least), y.value[1]);
-      store<2>(s.at<T>(j, h), y);
+      T* place = s.at<T>(j, h);
+      const auto skip = residual ? load<2>(place) : Pack<T, 2>{};
+      store<2>(place, applied<T>(&sum[4 * j + 2 * h], column, residual, skip, least));
     }
   }
 }

@@ -1,5 +1,5 @@
-#include "conv_bn_relu.cuh"
 #include "conv_fprop_sm90.cuh"
+#include "conv_split_sm90.cuh"
 #include "kernel_entry.h"
 #include "queue.cuh"
 
@@ -19,6 +19,9 @@ void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
   const Queue queue("conv_fprop", stream);
   const auto run = [&](auto type) {
     using T = decltype(type);
+    if (epilogue == Epilogue::kApply && split_shares(shape, multiprocessors) > 0) {
+      return conv_split_sm90_run<T>(queue, shape, f, multiprocessors);
+    }
     if (f.prologue.mean) {  // kMoments
       return conv_fprop_sm90_run<T, Epilogue::kMoments, true>(queue, shape, f, tile_k,
                                                               multiprocessors);
@@ -33,17 +36,15 @@ void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
     run(__half());
 }
 
-void launch_fold_batch_norm(cudaStream_t stream, const RunningBatchNorm<float>& bn,
-                            int64_t channels, float* scale, float* shift) {
-  Queue("fold_batch_norm", stream)(fold_batch_norm<float>, ceil_div(channels, kThreads), kThreads,
-                                   bn, channels, scale, shift);
-}
-
 std::vector<KernelEntry> conv_entries() {
   if (!has_conv_fprop()) return {};
   const auto entry = [](const char* form, auto* kernel, size_t bytes) {
     return KernelEntry{"conv_fprop_sm90", form, reinterpret_cast<const void*>(kernel), kConvThreads,
                        bytes};
+  };
+  const auto split = [](const char* form, auto* kernel) {
+    return KernelEntry{"conv_split_sm90", form, reinterpret_cast<const void*>(kernel),
+                       kSplitThreads, sizeof(SplitMemory)};
   };
   using T = __nv_bfloat16;
   constexpr auto kApply = Epilogue::kApply, kMoments = Epilogue::kMoments, kMask = Epilogue::kMask;
@@ -59,6 +60,7 @@ std::vector<KernelEntry> conv_entries() {
             sizeof(ConvMemory<128>)),
       entry("bfloat16 128 filters prologue", conv_fprop_sm90<T, 128, kMoments, true>,
             sizeof(ConvMemory<128>)),
+      split("bfloat16", conv_split_sm90<T>),
   };
 }
 

@@ -8,7 +8,7 @@
 namespace fastres::cuda {
 
 // What becomes of the sums.
-// kApply: y = act(sum * scale + shift + residual).
+// kApply: y = act(batch_norm(sum + bias) + residual), by running statistics.
 // kMoments: y = sum, and of every filter the moments of a tile's 128 values, as rounded in y.
 // kMask: y = g, the sum where the ReLU of a batch norm of x let pass and 0 elsewhere; and of every
 //   filter the sums over a tile of g and of g * (x - mean), before they are rounded: what
@@ -31,9 +31,15 @@ void with_epilogue(Epilogue epilogue, F f) {
     f(std::integral_constant<Epilogue, Epilogue::kMask>());
 }
 
+// K values each, or null: without a variance there is no batch norm, but perhaps a bias.
+struct RunningBatchNorm {
+  const float *conv_bias, *mean, *var, *weight, *bias;
+  float eps;
+};
+
 struct ConvEpilogue {
-  const float *scale, *shift;  // K values; kApply; null: 1 and 0
-  Vectors<float> behind;       // K values; kMask
+  RunningBatchNorm norm;  // kApply
+  Vectors<float> behind;  // K values; kMask
   bool relu;
   Moments<float>* moments;  // (K, segments); kMoments
   Sums<float>* sums;        // (K, segments); kMask
@@ -61,16 +67,5 @@ void launch_conv_fprop(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
 // tiles of 64 or 128 filters.
 void launch_conv_portable(cudaStream_t stream, bool bfloat16, Epilogue epilogue,
                           const ConvShape& shape, const ConvFprop& f, int tile_k);
-
-// Vectors of K values; conv_bias, weight and bias may be null.
-template <typename A>
-struct RunningBatchNorm {
-  const A *conv_bias, *mean, *var, *weight, *bias;
-  double eps;
-};
-
-// scale = weight / sqrt(var + eps), shift = (conv_bias - mean) * scale + bias; in conv_fprop.cu.
-void launch_fold_batch_norm(cudaStream_t stream, const RunningBatchNorm<float>& bn,
-                            int64_t channels, float* scale, float* shift);
 
 }  // namespace fastres::cuda

@@ -222,8 +222,9 @@ void conv_fprop_sm80_run(const Queue& queue, const ConvShape& shape, const ConvF
   const ConvTiles tiles = ConvTiles::of(shape, tile_k);
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
-    queue.with_shared(conv_fprop_sm80<T, kTileK, kEpilogue, kPrologue>, tiles.count(),
-                      kPortableThreads, sizeof(PortableMemory<kTileK>), 1, f, shape, tiles);
+    queue.launch(conv_fprop_sm80<T, kTileK, kEpilogue, kPrologue>,
+                 {tiles.count(), kPortableThreads, sizeof(PortableMemory<kTileK>)}, f, shape,
+                 tiles);
   };
   if (tile_k == 128)
     launch(std::integral_constant<int, 128>());

@@ -267,8 +267,9 @@ void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvF
   const int blocks = std::min(tiles.count(), std::max(most, cluster));
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
-    queue.with_shared(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>, blocks, kConvThreads,
-                      sizeof(ConvMemory<kTileK>), cluster, maps, f, shape, tiles);
+    queue.launch(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>,
+                 {blocks, kConvThreads, sizeof(ConvMemory<kTileK>), cluster}, maps, f, shape,
+                 tiles);
   };
   if constexpr (most_tile_k(kEpilogue, kPrologue) == 256) {
     if (tile_k == 256) return launch(std::integral_constant<int, 256>());

@@ -85,11 +85,11 @@ bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight,
 }
 
 at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
-                    const at::Tensor& scale, const at::Tensor& shift,
-                    const std::optional<at::Tensor>& residual, bool relu) {
+                    const RunningBatchNorm& norm, const std::optional<at::Tensor>& residual,
+                    bool relu) {
   const Forward forward(input, weight, g, residual, Epilogue::kApply);
   ConvEpilogue e{};
-  e.scale = data<const float>(scale), e.shift = data<const float>(shift), e.relu = relu;
+  e.norm = norm, e.relu = relu;
   forward.run(e);
   return forward.output;
 }

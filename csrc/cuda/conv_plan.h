@@ -127,4 +127,33 @@ inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most, bool
   return best;
 }
 
+// --- few tiles ---
+
+constexpr int kSplitTileK = 64;
+
+// A part of the sum: the steps of one of the blocks that a tile is split between.
+struct SplitSteps {
+  int first, last;
+
+  __host__ __device__ static SplitSteps of(const ConvShape& shape, int share, int shares) {
+    const int all = steps_of(shape);
+    return {all * share / shares, all * (share + 1) / shares};
+  }
+};
+
+// Between how many blocks, a cluster, each tile of kSplitTileK filters is split where there are
+// fewer tiles than multiprocessors; 0 where there are more. That blocks meet, and add up what they
+// have, is taken to last as long as two steps: not measured.
+inline int split_shares(const ConvShape& s, int multiprocessors) {
+  constexpr int kMost = 8, kMeeting = 2;
+  const int tiles = ConvTiles::of(s, kSplitTileK).count(), steps = steps_of(s);
+  if (tiles > multiprocessors) return 0;
+  int best = 1, least = steps;
+  for (int shares = 2; shares <= kMost && shares * tiles <= multiprocessors; shares *= 2) {
+    const int cost = static_cast<int>(ceil_div(steps, shares)) + kMeeting;
+    if (shares <= steps && cost < least) best = shares, least = cost;
+  }
+  return best;
+}
+
 }  // namespace fastres::cuda

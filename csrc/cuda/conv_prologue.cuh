@@ -14,6 +14,12 @@ template <int kChunk>
 struct Step {
   int r = 0, s = 0, c = 0;
 
+  // The step of this number.
+  __device__ static Step at(const ConvShape& shape, int number) {
+    const int chunks = static_cast<int>(ceil_div(shape.c, kChunk)), tap = number / chunks;
+    return {tap / shape.s, tap % shape.s, number % chunks * kChunk};
+  }
+
   __device__ void advance(const ConvShape& shape) {
     if ((c += kChunk) < shape.c) return;
     c = 0;

@@ -159,8 +159,9 @@ void conv_wgrad_sm90_run(const Queue& queue, const ConvShape& shape, const ConvW
                   x = encode(input_map(w.input, kBfloat16, shape, WgradTiles::kPixels));
   const auto launch = [&](auto tile, auto prologue) {
     constexpr int kTileK = decltype(tile)::value;
-    queue.with_shared(conv_wgrad_sm90<T, kTileK, decltype(prologue)::value>, tiles.blocks(),
-                      kConvThreads, sizeof(WgradMemory<kTileK>), 1, grad, x, shape, tiles, w);
+    queue.launch(conv_wgrad_sm90<T, kTileK, decltype(prologue)::value>,
+                 {tiles.blocks(), kConvThreads, sizeof(WgradMemory<kTileK>)}, grad, x, shape, tiles,
+                 w);
   };
   const auto launch_tile = [&](auto prologue) {
     if (tiles.tile_k == 256)

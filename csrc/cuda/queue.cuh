@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "grid.h"
+
 namespace fastres::cuda {
 
 // Something that runs kernels in the order of the calls: a stream here, the tests' emulator there.
@@ -18,37 +20,39 @@ class Queue {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads,
                   const Arguments&... arguments) const {
-    launch(kernel, blocks, threads, 0, 1, arguments...);
+    launch(kernel, {blocks, threads}, arguments...);
   }
 
-  // With dynamic shared memory, more than the 48 KB that every kernel may have, and in clusters of
-  // so many blocks.
   template <typename... Parameters, typename... Arguments>
-  void with_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   int cluster, const Arguments&... arguments) const {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)));
-    launch(kernel, blocks, threads, bytes, cluster, arguments...);
-  }
-
- private:
-  template <typename... Parameters, typename... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes, int cluster,
+  void launch(void (*kernel)(Parameters...), const Grid& grid,
               const Arguments&... arguments) const {
-    if (blocks > std::numeric_limits<int32_t>::max()) {
-      throw std::runtime_error(std::string(name_) + ": a launch of " + std::to_string(blocks) +
+    if (grid.blocks > std::numeric_limits<int32_t>::max()) {
+      throw std::runtime_error(std::string(name_) + ": a launch of " + std::to_string(grid.blocks) +
                                " blocks is too large");
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    if (grid.shared_bytes > 0) {  // more than the 48 KB that every kernel may have
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes)));
+    }
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads;
-    config.dynamicSmemBytes = bytes, config.stream = stream_;
-    config.attrs = &attribute, config.numAttrs = cluster > 1;
+    config.gridDim = static_cast<unsigned>(grid.blocks), config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared_bytes, config.stream = stream_;
+    config.attrs = attributes;
+    if (grid.cluster > 1) {
+      auto& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    }
+    if (grid.early) {
+      auto& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
+ private:
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string(name_) + ": launch failed: " + cudaGetErrorString(error));

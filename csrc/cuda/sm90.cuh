@@ -84,9 +84,40 @@ __device__ inline int cluster_rank() {
   return rank;
 }
 
+__device__ inline int cluster_size() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// Writes to the same place in another block of the cluster, or this one. It is there after
+// cluster_sync().
+__device__ inline void store_in_block(float4* to, int rank, const float4& value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+}
+
 // A barrier of all threads of all blocks.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// --- kernels behind each other, see Grid::early ---
+
+// What stands behind it reads what the kernels before have written, and writes what they read.
+__device__ inline void wait_for_kernels_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// From here on, once every block has come here, the next kernel may begin.
+__device__ inline void let_next_kernel_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // --- tensor memory accelerator ---
@@ -119,6 +150,13 @@ __device__ inline void load_3d_everywhere(void* to, const TensorMap* map, uint64
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(kBoth)
       : "memory");
+}
+
+// As far as the chip's cache. What is not yet written there is not missed: it is no copy.
+__device__ inline void prefetch_3d(const TensorMap* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x),
+               "r"(y), "r"(z)
+               : "memory");
 }
 
 __device__ inline void load_2d(void* to, const TensorMap* map, uint64_t* barrier, int x, int y) {

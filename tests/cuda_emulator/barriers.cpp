@@ -59,6 +59,5 @@ extern "C" const char* half_of_a_block() {
 }
 
 extern "C" const char* cluster(bool arrive, bool together) {
-  return outcome_of(
-      [=] { emulator::Queue().with_shared(meet, 4, kThreads, 8, 2, arrive, together); });
+  return outcome_of([=] { emulator::Queue().launch(meet, {4, kThreads, 8, 2}, arrive, together); });
 }

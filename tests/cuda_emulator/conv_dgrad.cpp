@@ -5,7 +5,7 @@
 #include "../../csrc/cuda/bn_relu_backward.cuh"
 #include "../../csrc/cuda/conv_dgrad_plan.h"
 #include "calls.h"
-#include "either.h"
+#include "convolution.h"
 #include "shapes.h"
 
 using namespace fastres::cuda;
@@ -32,7 +32,8 @@ std::vector<T> filters_of(const DgradClass& part, const ConvShape& s, const T* w
 // arrays: grad_output, filter, grad_input; of the masked form also batch norm's input, mean,
 // invstd, weight and bias (C), and slopes, grad_weight and grad_bias (C)
 extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, void** arrays,
-                                  bool portable, bool masked, int tile_k, int multiprocessors) {
+                                  const char* kernel, bool masked, int tile_k,
+                                  int multiprocessors) {
   return with_16_bits(dtype, [&](auto type) {
     using T = decltype(type);
     const ConvShape shape = shape_of(numbers);
@@ -51,7 +52,7 @@ extern "C" const char* conv_dgrad(const char* dtype, const int64_t* numbers, voi
       const auto filters = filters_of(part, shape, static_cast<const T*>(arrays[1]));
       f.filter = filters.data(), f.grid = part.grid;
       with_epilogue(masked ? Epilogue::kMask : Epilogue::kApply, [&](auto kind) {
-        run_either<T, kind>(portable, part.conv, f, tile_k, multiprocessors);
+        run_convolution<T, kind>(kernel, part.conv, f, tile_k, multiprocessors);
       });
       f.epilogue.first += ConvTiles::of(part.conv, tile_k).down;
     }

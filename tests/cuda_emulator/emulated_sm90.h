@@ -70,6 +70,8 @@ inline void group_sync(int number, int threads) {
 
 inline int cluster_rank() { return emulator::current / emulator::threads; }
 
+inline int cluster_size() { return emulator::cluster; }
+
 inline void cluster_sync() {
   arrive_and_wait(emulator::cluster_barrier, emulator::cluster * emulator::threads);
 }
@@ -84,6 +86,16 @@ inline void barrier_arrive(uint64_t* barrier, int rank) {
   barrier_arrive(reinterpret_cast<uint64_t*>(in_block(rank, barrier)));
 }
 
+inline void store_in_block(float4* to, int rank, const float4& value) {
+  *reinterpret_cast<float4*>(in_block(rank, to)) = value;
+}
+
+// --- kernels behind each other ---
+
+inline void wait_for_kernels_before() { emulator::fibers[emulator::current].waited = true; }
+
+inline void let_next_kernel_begin() {}
+
 // --- tensor memory accelerator ---
 
 // Swizzling by 128 bytes: bits 4-6 of an address are xored with its bits 7-9.
@@ -92,6 +104,9 @@ inline char* swizzled(char* shared_memory, uint32_t address) {
 }
 
 inline void check_map(const TensorMapFields& map, uint32_t to) {
+  if (emulator::early && !emulator::fibers[emulator::current].waited) {
+    throw std::logic_error("reads what the kernel before may not have written");
+  }
   const bool aligned = reinterpret_cast<uintptr_t>(map.address) % 16 == 0;
   for (int d = 0; d + 1 < map.rank; ++d) {
     if (map.stride[d] % 16 != 0) throw std::logic_error("a stride that is no multiple of 16");
@@ -174,6 +189,8 @@ inline void load_3d_everywhere(void* to, const TensorMap* p, uint64_t* barrier, 
     load_3d_into(rank, to, p, barrier, x, y, z);
   }
 }
+
+inline void prefetch_3d(const TensorMap*, int, int, int) {}
 
 inline void load_2d(void* to, const TensorMap* p, uint64_t* barrier, int x, int y) {
   const TensorMapFields map = *p;
@@ -274,7 +291,7 @@ void read_operand(uint64_t descriptor, int row, float* values) {
 
 template <typename T, bool kTransposed, int HALF>
 void mma(float (&d)[HALF], uint64_t a, uint64_t b, int add) {
-  const int thread = emulator::current % 128, row = thread / 32 * 16 + thread % 32 / 4;
+  const int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
   float* sums = d;
   groups_of_this_thread().back().push_back([=] {
     float rows[2][16], column[16];

@@ -23,6 +23,8 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/cuda/grid.h"
+
 #undef __shared__
 #define __shared__ static  // one block at a time
 #undef __launch_bounds__
@@ -42,6 +44,7 @@ struct Fiber {
   jmp_buf place;
   Condition waits_for;  // empty: it can go on
   bool started, done;
+  bool waited;  // for the kernel before
 };
 
 struct Barrier {
@@ -50,7 +53,7 @@ struct Barrier {
 };
 
 constexpr size_t kSharedBytes = 227 << 10;
-constexpr int kMostOfACluster = 2;
+constexpr int kMostOfACluster = 8;
 
 struct Block {
   Barrier barriers[16];
@@ -72,6 +75,7 @@ inline int current, threads;  // the fiber that runs; threads of a block
 inline unsigned first_block;
 inline Block blocks[kMostOfACluster];
 inline int cluster;  // blocks of one
+inline bool early;   // the kernel before may still run
 inline Barrier cluster_barrier;
 inline std::vector<Warp> warps;
 inline std::function<void()> body;
@@ -130,7 +134,7 @@ inline void prepare(Fiber& fiber) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, &enter, 0);
   fiber.waits_for = nullptr;
-  fiber.started = fiber.done = false;
+  fiber.started = fiber.done = fiber.waited = false;
 }
 
 inline bool do_something_pending() {
@@ -146,7 +150,8 @@ inline void run_cluster() {
   const int all = cluster * threads;
   if (fibers.size() < static_cast<size_t>(all)) fibers.resize(all);
   warps.assign((all + 31) / 32, Warp());
-  for (Block& block : blocks) {
+  for (int i = 0; i < cluster; ++i) {
+    Block& block = blocks[i];
     for (Barrier& barrier : block.barriers) barrier = Barrier();
     block.running = threads;
     std::memset(block.shared_memory, 0xff, kSharedBytes);  // NaN in every type
@@ -178,21 +183,22 @@ struct Queue {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int block_threads,
                   const Arguments&... arguments) const {
-    with_shared(kernel, blocks, block_threads, 0, 1, arguments...);
+    launch(kernel, {blocks, block_threads}, arguments...);
   }
 
   template <typename... Parameters, typename... Arguments>
-  void with_shared(void (*kernel)(Parameters...), int64_t blocks, int block_threads, size_t bytes,
-                   int blocks_of_cluster, const Arguments&... arguments) const {
-    if (bytes > kSharedBytes) throw std::logic_error("too much shared memory");
-    if (blocks % blocks_of_cluster != 0) throw std::logic_error("a cluster that is not whole");
+  void launch(void (*kernel)(Parameters...), const fastres::cuda::Grid& grid,
+              const Arguments&... arguments) const {
+    if (grid.shared_bytes > kSharedBytes) throw std::logic_error("too much shared memory");
+    if (grid.blocks % grid.cluster != 0) throw std::logic_error("a cluster that is not whole");
     pending.clear();  // what a launch that failed left
-    threads = block_threads;
-    cluster = blocks_of_cluster;
+    threads = grid.threads;
+    cluster = grid.cluster;
+    early = grid.early;
     blockDim = dim3(threads);
-    gridDim = dim3(static_cast<unsigned>(blocks));
+    gridDim = dim3(static_cast<unsigned>(grid.blocks));
     body = [&] { kernel(arguments...); };
-    std::vector<unsigned> order(blocks / cluster);
+    std::vector<unsigned> order(grid.blocks / cluster);
     std::iota(order.begin(), order.end(), 0u);
     std::shuffle(order.begin(), order.end(), random_numbers);
     for (unsigned i : order) {
