@@ -69,7 +69,11 @@ at::Tensor convolve_add(const at::Tensor& x, const at::Tensor& residual, const F
                  at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, c10::string_view,
                  std::optional<at::Scalar>, Text, Scalars, Text);
   static const auto op = find_operator<Signature>("mkldnn::_convolution_pointwise", "binary");
-  if (g.groups != 1) {  // which this operator does not fuse, nor does it add bfloat16 then
+  // It does not fuse groups, nor add bfloat16 then, and in PyTorch 2.11 it fails on what fits both
+  // memory formats, of one pixel or one channel.
+  const bool fits_both =
+      residual.is_contiguous() && residual.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (g.groups != 1 || fits_both) {
     const auto y = convolve(x, f, g, /*relu=*/false);
     return relu ? add_relu(y, residual) : y.add(residual);
   }
