@@ -1,10 +1,11 @@
 """Which backend serves a call, and why: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``eager``.
 
-``auto`` takes the best that serves the tensor's device; ``eager`` is PyTorch's own operators. The
-choice is one for the process, as PyTorch's ``torch.backends`` flags are.
+``auto`` takes the best that serves the tensor's device, on a GPU what :mod:`fastres.choice` says of
+it; ``eager`` is PyTorch's own operators. The choice is one for the process, as PyTorch's ``torch.backends`` flags are.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,7 +13,7 @@ from typing import Self
 import torch
 from torch.autograd import forward_ad
 
-from . import launches, ops
+from . import choice, launches, ops
 
 NAMES = ("auto", "cuda", "triton", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "FASTRES_BACKEND"
@@ -27,10 +28,6 @@ _COMPILED = {
     for operator in _OPERATORS
     if ops.has_kernel(operator, device)
 }
-# The backends that "auto" takes for a device, best first; each operator by the first that has it.
-# None for GPUs yet: their kernels have been compiled and interpreted, but never measured on one.
-_BEST = {"cpu": ("cpu",), "cuda": ()}
-
 _requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 
@@ -172,8 +169,13 @@ def _validate(name: str, argument: str) -> None:
         raise RuntimeError(f"{argument}: backend {name!r} cannot serve: {status.reason}")
 
 
-def serving(operator: str, device: torch.device) -> str:
-    """The name of the backend that serves ``operator`` for a tensor on ``device``.
+def serving(
+    operator: str,
+    device: torch.device,
+    convolution: Callable[[], choice.Convolution] | None = None,
+) -> str:
+    """The name of the backend that serves ``operator`` for a tensor on ``device``; ``convolution``
+    tells which one "conv_bn_relu" is to be.
 
     Forward-mode derivatives and ``torch.func`` transforms have rules for PyTorch's own operators
     only: there it is ``eager``, whatever was asked for.
@@ -181,10 +183,8 @@ def serving(operator: str, device: torch.device) -> str:
     if _is_transformed():
         return "eager"
     if _requested == "auto":
-        for name in _BEST.get(device.type, ()):
-            if _has(name, operator, device.type):
-                return name
-        return "eager"
+        name = _best(operator, device, convolution)
+        return name if name and _has(name, operator, device.type) else "eager"
     if _requested == "eager":
         return "eager"
     if not _has(_requested, operator, device.type):
@@ -192,6 +192,12 @@ def serving(operator: str, device: torch.device) -> str:
             return "eager"
         _refuse(operator, device)
     return _requested
+
+
+def _best(operator: str, device: torch.device, convolution) -> str | None:
+    if device.type == "cuda":
+        return choice.fastest(operator, device, convolution)
+    return "cpu" if device.type == "cpu" else None
 
 
 def _has(name: str, operator: str, device_type: str) -> bool:

@@ -4,13 +4,14 @@ In training, on the backends that have the operators, it is one call of :mod:`fa
 calls of :mod:`fastres.sites`, each looks at the modules as they are now.
 """
 
+import functools
 import os
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from . import chain, checks, functional, fusable, ops, sites
+from . import chain, checks, choice, functional, fusable, ops, sites
 from .arguments import compute_dtype, conv_output_size, pair, resolve_padding
 from .backend import extension_serves, serving
 
@@ -74,10 +75,27 @@ def serves(input: Tensor, links: tuple[Link, ...]) -> bool:
         return False
     if not _are_plain(links):
         return False
-    backend = serving("conv_bn_relu", input.device)
+    backend = _backend(input, links)
     if backend == "eager" or ops.OPERATORS[backend].bn_relu_conv is None:
         return False
     return _fit(input, links)
+
+
+def _backend(input: Tensor, links: tuple[Link, ...]) -> str:
+    """What serves all of the convolutions; "eager" where they are not of one mind."""
+    found = {
+        serving("conv_bn_relu", input.device, functools.partial(_chosen_by, input, link.conv))
+        for link in links
+        if link.conv is not None
+    }
+    return found.pop() if len(found) == 1 else "eager"
+
+
+def _chosen_by(input: Tensor, conv: nn.Conv2d) -> choice.Convolution:
+    # of the chain's input only dtype and format count
+    return choice.Convolution.of(
+        input, conv.weight, conv.stride, conv.dilation, conv.groups, training=True
+    )
 
 
 def _are_plain(links: tuple[Link, ...]) -> bool:
@@ -171,7 +189,7 @@ def _counted(input: Tensor, links: tuple[Link, ...], residual: Tensor | None, re
     if links[0].conv is not None:
         norms = [None, *norms]
     counted = [sites.count_batch(bn) for _, bn, *_ in links if bn is not None]
-    backend = serving("conv_bn_relu", input.device)
+    backend = _backend(input, links)
     try:
         return chain.chain(input.to(dtype), residual, convolutions, norms, relu, backend)
     except functional.REFUSED:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, checks, ops, reference
+from . import autograd, checks, choice, ops, reference
 from .arguments import compute_dtype, pair, resolve_padding
 from .backend import extension_serves, serving
 
@@ -250,7 +250,10 @@ def _conv_bn(
             stride, resolve_padding(padding, weight, stride, dilation), dilation, groups, eps, relu,
         )  # fmt: skip
 
-    return _serve("conv_bn_relu", input, served, check, two_steps)
+    return _serve(
+        "conv_bn_relu", input, served, check, two_steps,
+        lambda: choice.Convolution.of(input, weight, stride, dilation, groups, training),
+    )  # fmt: skip
 
 
 def _conv(
@@ -281,14 +284,15 @@ def _conv_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _serve(operator: str, input: Tensor, served, check, eager) -> Tensor:
-    """``served(backend)`` where a backend has the operator, else ``eager()``.
+def _serve(operator: str, input: Tensor, served, check, eager, convolution=None) -> Tensor:
+    """``served(backend)`` where a backend has the operator, else ``eager()``; ``convolution()``
+    tells which one is asked for.
 
     Compiled operators check their arguments themselves. Only when one refuses, ``check`` looks for
     the mistake again, to report it in the caller's words: that takes longer than a small map does.
     """
     try:
-        backend = serving(operator, input.device)
+        backend = serving(operator, input.device, convolution)
         if backend != "eager" and input.numel():
             return served(backend)
     except Exception as error:  # noqa: BLE001 - raised again below, if nothing says it better

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from . import configs
+from .conv_class import class_of
 from .conv_shape import MOST_PIXELS
 
 # What a convolution is asked for:
@@ -31,21 +32,6 @@ PASSES = (
 # nothing has been measured yet, so the vendor's serve everything. `make gpu` measures, and writes
 # what to put here to bench/results/<device>/conv_choice.py.
 SERVED: dict[tuple[int, str], dict[str, frozenset[str]]] = {}
-
-
-def class_of(weight_size, stride, dilation, groups: int) -> str:
-    """Window, stride, dilation, grouping and width, such as ``3x3/2 c128``: convolutions that
-    differ in map and batch only are of one class, and so are those of up to twice the width, which
-    is that of the narrower side of a group."""
-    filters, channels, *taps = weight_size
-    name = "x".join(str(t) for t in taps)
-    if tuple(stride) != (1, 1):
-        name += "/" + "x".join(dict.fromkeys(str(s) for s in stride))
-    if tuple(dilation) != (1, 1):
-        name += " dilated"
-    if groups > 1:
-        name += " grouped"
-    return f"{name} c{1 << (min(channels, filters // groups).bit_length() - 1)}"
 
 
 def serves(

@@ -11,7 +11,7 @@ from agreement import Calls
 from conftest import backend_module
 
 import fastres
-from fastres import functional, launches, ops
+from fastres import choice, functional, launches, ops
 
 X = torch.randn(2, 3, 5, 7)
 
@@ -131,13 +131,41 @@ def test_each_operator_by_the_best_backend_that_has_it(monkeypatch):
     monkeypatch.setattr(launches, "FOUND", True)
     cuda = torch.device("cuda")
     assert backend_module.serving("add_relu", cuda) == "eager", "measured on no GPU yet"
-    monkeypatch.setitem(backend_module._BEST, "cuda", ("cuda", "triton"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(choice.FASTEST, (9, 0), {"add_relu": "cuda", "bn_relu": "triton"})
     assert backend_module.serving("add_relu", cuda) == "cuda"
     assert backend_module.serving("bn_relu", cuda) == "triton"
-    assert backend_module.serving("conv_bn_relu", cuda) == "triton"
+    assert backend_module.serving("conv_bn_relu", cuda) == "eager"
     monkeypatch.setattr(launches, "FOUND", False)
     assert backend_module.serving("add_relu", cuda) == "cuda"
     assert backend_module.serving("bn_relu", cuda) == "eager"
+
+
+def test_each_convolution_by_what_was_fastest_for_its_class(monkeypatch):
+    monkeypatch.setattr(backend_module, "_COMPILED", {("cuda", "conv_bn_relu")})
+    monkeypatch.setattr(launches, "FOUND", True)
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    table = {"eval": {"3x3 c64": "cuda"}, "training": {"3x3 c64": "triton", "1x1/2 c64": "cuda"}}
+    monkeypatch.setitem(choice.FASTEST, (9, 0), table)
+    last = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    x = torch.zeros(2, 100, 7, 7).to(**last)
+
+    def served(kernel=3, stride=1, training=False, x=x, weight_format=torch.contiguous_format):
+        weight = torch.zeros(100, 100, kernel, kernel).to(memory_format=weight_format)
+        return backend_module.serving(
+            "conv_bn_relu", torch.device("cuda"),
+            lambda: choice.Convolution.of(x, weight, stride, 1, 1, training),
+        )  # fmt: skip
+
+    assert served() == "cuda" and served(training=True) == "triton"
+    assert served(1, (2, 2), training=True) == "cuda"
+    assert served(1) == served(3, 2) == "eager", "not in the table"
+    contiguous = x.contiguous()
+    assert served(x=x.float()) == served(x=contiguous) == "eager", "not measured in this format"
+    assert served(x=contiguous, weight_format=torch.channels_last) == "cuda"
+    capability[0] = (8, 0)
+    assert served() == "eager", "not measured on this device"
 
 
 def test_triton_refuses_tensors_it_cannot_read(monkeypatch):

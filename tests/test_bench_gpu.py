@@ -419,6 +419,45 @@ def test_what_to_put_into_the_table(gpubench, tmp_path):
     assert table.keys() == {"eval", "training", "dgrad", "wgrad", *chain}
 
 
+def test_what_auto_should_take(gpubench, tmp_path):
+    """A backend that is as fast as PyTorch's at every shape; in training forward and backward count
+    together, and Triton's backend may take cuDNN's convolution."""
+    tables = gpubench("tables")
+
+    def rows(what, name, case, **ms):
+        names = {"cuda": "fastres-cuda", "triton": "fastres-triton", "vendor": tables.VENDORS}
+        return [
+            {"pass": what, "class": name, "case": case, "provider": names.get(p, p), "ms": t}
+            for p, t in ms.items()
+        ]
+
+    convolutions = [
+        *rows("eval", "1x1 c64", "a", eager=3, vendor=2, cuda=1.0, triton=1.5),
+        *rows("eval", "1x1 c64", "b", eager=3, vendor=2, cuda=1.9, triton=1.5),
+        *rows("eval", "3x3 c64", "c", eager=3, vendor=2, cuda=1.0, triton=1.5),
+        *rows("eval", "3x3 c64", "d", eager=3, vendor=2, cuda=2.1, triton=1.5),
+        *rows("eval", "3x3/2 c64", "e", eager=3, vendor=2, cuda=2.5, triton=2.5),
+        *rows("eval", "7x7/2 c2", "f", eager=3, vendor=2, triton=2.5),
+        *rows("training", "1x1 c64", "a", eager=5, vendor=4, cuda=3, triton=3),
+        *rows("dgrad", "1x1 c64", "a", eager=2, cuda=3, triton=9),
+        *rows("wgrad", "1x1 c64", "a", eager=2, cuda=2.5, triton=1),
+        *rows("training", "3x3 c64", "c", eager=5, vendor=4, cuda=1),
+        *rows("dgrad", "3x3 c64", "c", eager=2, cuda=1),
+    ]
+    elementwise = [
+        {"kind": kind, "case": "x", "provider": provider, "ms": ms}
+        for kind, times in {"add_relu": (2, 1), "bn_relu eval": (2, 1), "bn_relu backward": (1, 2)}.items()
+        for provider, ms in zip(("eager", "fastres-cuda"), times, strict=True)
+    ]  # fmt: skip
+    path = tmp_path / "choice.py"
+    path.write_text(tables.choice(DEVICE, elementwise, convolutions))
+    assert runpy.run_path(str(path))["FASTEST"] == {(9, 0): {
+        "add_relu": "cuda",
+        "eval": {"1x1 c64": "cuda", "3x3 c64": "triton", "3x3/2 c64": "triton", "7x7/2 c2": "triton"},
+        "training": {"1x1 c64": "triton"},
+    }}  # fmt: skip
+
+
 def test_plots(gpubench, tmp_path):
     pytest.importorskip("matplotlib")
     names = gpubench("report").draw(outcomes(gpubench), tmp_path)

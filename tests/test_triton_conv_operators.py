@@ -114,7 +114,7 @@ def test_the_table_decides_on_a_gpu(kernels, monkeypatch):
 
 
 def test_classes_of_shapes(kernels):
-    class_of = kernels("conv_choice").class_of
+    class_of = kernels("conv_class").class_of
     assert class_of((64, 3, 7, 7), (2, 2), (1, 1), 1) == "7x7/2 c2"
     assert class_of((512, 512, 3, 3), (1, 1), (1, 1), 1) == "3x3 c512"
     assert class_of((128, 4, 3, 3), (1, 1), (1, 1), 32) == "3x3 grouped c4"

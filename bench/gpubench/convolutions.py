@@ -6,7 +6,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from cases import Convolution, convolutions
-from fastres.kernels.conv_choice import class_of
+from fastres.kernels.conv_class import class_of
 
 import fastres
 from fastres import functional, ops, reference

@@ -66,7 +66,7 @@ def _apart(context):
 def classes() -> set[str]:
     """Of all of ResNet-50's convolutions."""
     from cases import convolutions
-    from fastres.kernels.conv_choice import class_of
+    from fastres.kernels.conv_class import class_of
 
     return {
         class_of((c.cout, c.cin, c.kernel, c.kernel), (c.stride,) * 2, (1, 1), 1)

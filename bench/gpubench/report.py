@@ -1,13 +1,12 @@
-"""What the sections found, as JSON, Markdown, plots, and as the table of ``kernels/conv_choice``."""
+"""What the sections found, as JSON, Markdown, plots, and as the package's tables."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 
-from . import goals
+from . import goals, tables
 from .schedule import Outcome
-
-CAPABILITIES = {"9": 90, "10": 100}  # whose tiles a device uses, as kernels/configs.architecture
+from .tables import grouped
 
 
 def write(device: dict, outcomes: list[Outcome], folder: Path) -> None:
@@ -22,7 +21,9 @@ def write(device: dict, outcomes: list[Outcome], folder: Path) -> None:
     (folder / "gpu.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
     (folder / "results.md").write_text(markdown(device, outcomes))
     if rows := _rows(outcomes, "convolutions"):
-        (folder / "conv_choice.py").write_text(choice(device, rows))
+        (folder / "conv_choice.py").write_text(tables.conv_choice(device, rows))
+        fastest = tables.choice(device, _rows(outcomes, "elementwise"), rows)
+        (folder / "choice.py").write_text(fastest)
 
 
 def rounded(value):
@@ -97,7 +98,7 @@ def markdown(device: dict, outcomes: list[Outcome]) -> str:
         ("elementwise", "kind", "milliseconds, and % of the copy bandwidth"),
         ("convolutions", "pass", "milliseconds, and % of the roofline"),
     ):
-        for key, rows in _grouped(_rows(outcomes, name), group).items():
+        for key, rows in grouped(_rows(outcomes, name), group).items():
             parts += [f"## {name}: {key}", title.capitalize() + ".", by_provider(rows, limits)]
     if rows := _rows(outcomes, "chains"):
         text = "Milliseconds for forward and backward, and what is kept between them."
@@ -157,58 +158,6 @@ def _rows(outcomes: list[Outcome], name: str) -> list[dict]:
     return [row for outcome in outcomes if outcome.name == name for row in outcome.rows]
 
 
-def _grouped(rows: list[dict], key: str) -> dict[str, list[dict]]:
-    groups = defaultdict(list)
-    for row in rows:
-        if key in row:
-            groups[row[key]].append(row)
-    return groups
-
-
-# --- what goes to Triton's convolutions -----------------------------------------------------------
-
-# What a pass of kernels/conv_choice is measured against, and as which pass of this benchmark.
-RIVALS = {
-    "eval": "fastres-triton, cuDNN's convolution",
-    "training": "fastres-triton, cuDNN's convolution",
-    "dgrad": "eager",
-    "wgrad": "eager",
-    "bn_relu_conv": "fastres-triton, cuDNN's convolution",
-    "bn_relu_conv_dgrad": "fastres-triton, cuDNN's convolution",
-    "bn_relu_conv_wgrad": "fastres-triton, cuDNN's convolution",
-}
-
-
-def choice(device: dict, rows: list[dict]) -> str:
-    """The part of ``conv_choice.SERVED`` for this device: the classes in which Triton's kernel, in
-    its shipped tile, was right and not slower at every shape that was measured."""
-    architecture = CAPABILITIES.get(device["capability"].split(".")[0], 80)
-    lines = [f"# Measured on {device['name']}: for SERVED in kernels/conv_choice.py.", "SERVED = {"]
-    lines.append(f'    ({architecture}, "half"): {{')
-    for what, rival in RIVALS.items():
-        names = ", ".join(
-            f'"{name}"' for name in _won([r for r in rows if r.get("pass") == what], rival)
-        )
-        lines.append(
-            f'        "{what}": frozenset({{{names}}}),'
-            if names
-            else f'        "{what}": frozenset(),'
-        )
-    return "\n".join([*lines, "    },", "}"]) + "\n"
-
-
-def _won(rows: list[dict], rival: str) -> list[str]:
-    won = {}
-    for name, group in _grouped(rows, "class").items():
-        cases: dict[str, dict] = defaultdict(dict)
-        for row in group:
-            cases[row["case"]][row["provider"]] = row.get("ms", float("inf"))
-        inf = float("inf")
-        pairs = [(c.get("fastres-triton", inf), c.get(rival, inf)) for c in cases.values()]
-        won[name] = all(ours < inf and ours <= theirs for ours, theirs in pairs)
-    return sorted(name for name, good in won.items() if good)
-
-
 # --- plots ----------------------------------------------------------------------------------------
 
 
@@ -224,7 +173,7 @@ def draw(outcomes: list[Outcome], folder: Path) -> list[str]:
         return []
     names = []
     for section, group in (("elementwise", "kind"), ("convolutions", "pass")):
-        for key, rows in _grouped(_rows(outcomes, section), group).items():
+        for key, rows in grouped(_rows(outcomes, section), group).items():
             rows = [row for row in rows if "ms" in row]
             if rows:
                 name = f"{section}-{key.replace(' ', '-')}.png"

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastres.kernels.conv_choice import class_of
+from fastres.kernels.conv_class import class_of
 
 from fastres import functional as FF
 from fastres.chain import Convolution, Norm, chain

@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import fusable, heads, stems
 from ..backend import serving
+from ..choice import Convolution
 from .plan import Mode, Plan, Site, build
 from .swap import is_candidate, is_converted, original_class, refresh
 
@@ -125,6 +126,9 @@ class _Summariser:
             return serving("conv_bn_relu", device) if device.type == "cpu" else "eager"
         if kind in (heads.KIND, stems.KIND):
             operator = kind
+        elif device.type == "cuda" and isinstance(conv := modules[0], nn.Conv2d):
+            operands = (conv.weight, conv.weight, conv.stride, conv.dilation, conv.groups)
+            return serving("conv_bn_relu", device, lambda: Convolution.of(*operands, conv.training))
         return serving(operator, device)
 
     # --- owners of sites -------------------------------------------------------------------------
