@@ -202,6 +202,30 @@ def test_prologue(name, kernel):
     torch.testing.assert_close(found.double(), y.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
+# n, c, size, k, kernel: whether on an H200 batch norm and ReLU before it should be a prologue of the
+# convolution, of its filters' gradient
+PROLOGUES = {
+    (256, 64, 56, 256, 1): (True, True),  # memory is the limit
+    (256, 128, 28, 512, 1): (True, True),
+    (256, 64, 56, 64, 3): (False, False),  # everything nine times
+    (256, 512, 7, 512, 3): (False, False),
+    (256, 512, 7, 2048, 1): (False, True),  # sixteen tiles of filters, and a map that a cache holds
+    (256, 2048, 7, 512, 1): (False, False),  # more channels than there is room for
+}
+
+
+@pytest.mark.parametrize("layer", PROLOGUES, ids=str)
+def test_where_a_prologue_pays(layer):
+    n, c, size, k, kernel = layer
+    shape = (n, c, size, size, k, kernel, kernel, (1, 1), (kernel // 2,) * 2, (1, 1))
+    found = []
+    for name in ("conv_fprop", "conv_wgrad"):
+        pays = emulating.library(name).takes_prologue
+        pays.restype = ctypes.c_bool
+        found.append(pays(numbers(shape), 132))
+    assert tuple(found) == PROLOGUES[layer]
+
+
 # enough pixels for several shares
 WGRAD_SHAPES = SHAPES | {"many": (5, 24, 21, 20, 40, 3, 3, (1, 1), (1, 1), (1, 1))}
 

@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_relu_conv(
   } else if (!before && !statistics) {
     c.output = own_conv(input, weight, g, {}, std::nullopt, /*relu=*/false);
   } else {
-    c = own_conv_moments(input, weight, g, NormVectors(before));
+    c = own_conv_moments(input, weight, g, before);
   }
   const auto output = c.output.contiguous(conv_format(input, weight));
   if (!statistics) {

@@ -64,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor> conv_wgrad_of(const at::Tensor& grad_output,
   const auto [want_weight, want_bias] = output_mask;
   if (want_weight && own_wgrad_serves(input, weight, g)) {
     const auto bias = want_bias ? grad_output.sum({0, 2, 3}) : at::Tensor();
-    const auto filters = as_asked(own_wgrad(grad_output, input, weight, g, NormVectors(bn)));
+    const auto filters = as_asked(own_wgrad(grad_output, input, weight, g, bn));
     return {filters.contiguous(output_format(weight)), as_asked(bias)};
   }
   const std::array<int64_t, 1> outputs{weight.size(0)};

@@ -21,26 +21,6 @@ bool own_conv_serves(const at::Tensor& input, const at::Tensor& weight, const cp
 bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
                       const cpu::ConvGeometry& g);
 
-// act(batch_norm(conv2d(input, weight)) + residual) by them, in eval.
-at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
-                    const RunningBatchNorm& norm, const std::optional<at::Tensor>& residual,
-                    bool relu);
-
-// conv2d(input, weight) by them, and the moments of every filter's values: (K, segments) of
-// Moments<float>. With a prologue, C values in float32, the input is relu(batch_norm(input)).
-struct ConvMoments {
-  at::Tensor output, moments;
-  int64_t segments;
-};
-ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
-                             const cpu::ConvGeometry& g, const Vectors<float>& prologue = {});
-
-// The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
-// convolution's shape. With a prologue as above.
-at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
-                     const at::Tensor& weight, const cpu::ConvGeometry& g,
-                     const Vectors<float>& prologue = {});
-
 // A batch norm of a convolution's input, by its statistics in training; a ReLU stands between them.
 struct BatchNormBefore {
   const at::Tensor &mean, &invstd;
@@ -61,6 +41,27 @@ class NormVectors {
 
 // relu(batch_norm(input)); input where there is none.
 at::Tensor activated(const at::Tensor& input, const std::optional<BatchNormBefore>& bn);
+
+// act(batch_norm(conv2d(input, weight)) + residual) by them, in eval.
+at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu::ConvGeometry& g,
+                    const RunningBatchNorm& norm, const std::optional<at::Tensor>& residual,
+                    bool relu);
+
+// conv2d(input, weight) by them, and the moments of every filter's values: (K, segments) of
+// Moments<float>; of activated(input, before), made in a pass or on the way in.
+struct ConvMoments {
+  at::Tensor output, moments;
+  int64_t segments;
+};
+ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
+                             const cpu::ConvGeometry& g,
+                             const std::optional<BatchNormBefore>& before = std::nullopt);
+
+// The gradient of the filters by them, shaped as weight and in input's dtype; grad_output has the
+// convolution's shape. With a batch norm before as above.
+at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                     const at::Tensor& weight, const cpu::ConvGeometry& g,
+                     const std::optional<BatchNormBefore>& before = std::nullopt);
 
 // The gradients of weight and bias, as many as are asked for, through conv2d(activated(input, bn),
 // weight); by the project's kernels where they serve.

@@ -29,6 +29,11 @@ struct ConvCall {
 
   bool serves() const { return kernel != ConvKernel::kNone; }
 
+  // Whether its prologue is faster than a pass before it. Of the portable kernel nothing is known.
+  bool takes_prologue() const {
+    return kernel != ConvKernel::kSm90 || fprop_takes_prologue(shape, tile_k, multiprocessors);
+  }
+
   // Of statistics, for every filter.
   int segments() const { return ConvTiles::of(shape, tile_k).down; }
 

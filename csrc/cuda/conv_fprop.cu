@@ -59,7 +59,7 @@ std::vector<KernelEntry> conv_entries() {
       entry("bfloat16 128 filters mask", conv_fprop_sm90<T, 128, kMask, false>,
             sizeof(ConvMemory<128>)),
       entry("bfloat16 128 filters prologue", conv_fprop_sm90<T, 128, kMoments, true>,
-            sizeof(ConvMemory<128>)),
+            sizeof(ConvMemory<128>) + norm_bytes(kMostNormalised)),
       split("bfloat16", conv_split_sm90<T>),
   };
 }

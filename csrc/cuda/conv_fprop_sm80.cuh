@@ -76,8 +76,9 @@ class PortableCopy {
                           const Vectors<float>& vectors) const {
     const int c = channel(step);
     if (c >= shape_.c) return;
-    normalise<T>(windows_, step.r, step.s, c, vectors,
-                 [&](int i) { return pack_in(stage.input, row_ + 64 * i, pack_); });
+    normalise<T, 2>([&](int i) { return windows_.has(i, step.r, step.s); },
+                    [&](int half) { return four_channels(vectors, c + 4 * half); },
+                    [&](int i) { return pack_in(stage.input, row_ + 64 * i, pack_); });
   }
 
  private:

@@ -100,18 +100,23 @@ __device__ void conv_produce(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
 template <typename T>
 class Prologue {
  public:
-  __device__ Prologue(const ConvShape& shape, const ConvTiles& tiles, int tile, int group)
+  __device__ Prologue(const ConvShape& shape, const ConvTiles& tiles, int tile, int group,
+                      const NormTable& table)
       : shape_(shape),
+        table_(table),
         group_(group),
         windows_(shape, tiles.pixel(tile) + group * 64 + box_row(), 16) {}
 
-  __device__ void operator()(char* box, const Vectors<float>& vectors) {
-    prepare_box<T>(box, shape_, windows_, step_.r, step_.s, step_.c, vectors, group_);
+  __device__ void operator()(char* box) {
+    prepare_box<T>(
+        box, shape_.c - step_.c, [&](int i) { return windows_.has(i, step_.r, step_.s); },
+        [&](int c) { return table_(step_.c + c); }, group_);
     step_.advance(shape_);
   }
 
  private:
   const ConvShape& shape_;
+  const NormTable& table_;
   int group_;
   Windows<4> windows_;
   Step<ConvTiles::kChunk> step_;
@@ -188,6 +193,11 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
   Stage stage;
   int parity = 0;
   float sum[kTileK / 2];
+  NormTable table(&m + 1, shape.c);
+  if constexpr (kPrologue) {
+    table.fill(f.prologue, 0, shape.c, threadIdx.x - 128, 256);
+    group_sync(3, 256);
+  }
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     // asked for before the products, needed after them
     const float4 column =
@@ -199,8 +209,8 @@ __device__ void conv_consume(ConvMemory<kTileK>& m, const ConvMaps& maps, const 
           [&](int i) { return operand<false>(m.filter[i]); });
     };
     if constexpr (kPrologue) {
-      Prologue<T> prologue(shape, tiles, tile, group);
-      products([&](int i) { prologue(m.input[i] + group * kBoxBytes, f.prologue); });
+      Prologue<T> prologue(shape, tiles, tile, group, table);
+      products([&](int i) { prologue(m.input[i] + group * kBoxBytes); });
     } else {
       products([](int) {});
     }
@@ -221,7 +231,8 @@ __global__ void __launch_bounds__(kConvThreads, ConvMemory<kTileK>::kBlocks)
 #if defined(FASTRES_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using M = ConvMemory<kTileK>;
   // a block has a KB of the system's beside its own
-  static_assert(M::kBlocks * (sizeof(M) + 1024) <= 228 * 1024, "too much shared memory");
+  constexpr size_t kBytes = sizeof(M) + (kPrologue ? norm_bytes(kMostNormalised) : 0);
+  static_assert(M::kBlocks * (kBytes + 1024) <= 228 * 1024, "too much shared memory");
   M& m = *reinterpret_cast<M*>(dynamic_shared());
   if (threadIdx.x == 0) {
     init_ring<M::kStages, M::kCluster>(m.full, m.empty);
@@ -267,9 +278,9 @@ void conv_fprop_sm90_run(const Queue& queue, const ConvShape& shape, const ConvF
   const int blocks = std::min(tiles.count(), std::max(most, cluster));
   const auto launch = [&](auto tile) {
     constexpr int kTileK = decltype(tile)::value;
+    const size_t bytes = sizeof(ConvMemory<kTileK>) + (kPrologue ? norm_bytes(shape.c) : 0);
     queue.launch(conv_fprop_sm90<T, kTileK, kEpilogue, kPrologue>,
-                 {blocks, kConvThreads, sizeof(ConvMemory<kTileK>), cluster}, maps, f, shape,
-                 tiles);
+                 {blocks, kConvThreads, bytes, cluster}, maps, f, shape, tiles);
   };
   if constexpr (most_tile_k(kEpilogue, kPrologue) == 256) {
     if (tile_k == 256) return launch(std::integral_constant<int, 256>());

@@ -95,14 +95,18 @@ at::Tensor own_conv(const at::Tensor& input, const at::Tensor& weight, const cpu
 }
 
 ConvMoments own_conv_moments(const at::Tensor& input, const at::Tensor& weight,
-                             const cpu::ConvGeometry& g, const Vectors<float>& prologue) {
-  const Forward forward(input, weight, g, std::nullopt, Epilogue::kMoments,
-                        prologue.mean != nullptr);
+                             const cpu::ConvGeometry& g,
+                             const std::optional<BatchNormBefore>& before) {
+  const ConvShape shape = conv_shape_of(input.sizes(), weight.sizes(), g);
+  if (before && !ConvCall(input, shape, Epilogue::kMoments, /*prologue=*/true).takes_prologue()) {
+    return own_conv_moments(activated(input, before), weight, g);
+  }
+  const Forward forward(input, weight, g, std::nullopt, Epilogue::kMoments, before.has_value());
   ConvEpilogue e{};
   e.segments = forward.call.segments();
   const auto moments = workspace<Moments<float>>(input, int64_t(forward.call.shape.k) * e.segments);
   e.moments = data<Moments<float>>(moments);
-  forward.run(e, prologue);
+  forward.run(e, NormVectors(before));
   return {forward.output, moments, e.segments};
 }
 
@@ -114,17 +118,20 @@ bool own_wgrad_serves(const at::Tensor& input, const at::Tensor& weight,
 
 at::Tensor own_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
                      const at::Tensor& weight, const cpu::ConvGeometry& g,
-                     const Vectors<float>& prologue) {
-  const auto x = operand(input), dy = operand(grad_output);
-  const ConvShape shape = conv_shape_of(x.sizes(), weight.sizes(), g);
-  const int chip = multiprocessors(x);
+                     const std::optional<BatchNormBefore>& before) {
+  const auto dy = operand(grad_output);
+  const ConvShape shape = conv_shape_of(input.sizes(), weight.sizes(), g);
+  const int chip = multiprocessors(input);
+  const bool prologue = before && wgrad_takes_prologue(shape, chip);
+  const auto x = operand(prologue ? input : activated(input, before));
+  const NormVectors norm(prologue ? before : std::nullopt);
   const auto result =
       at::empty(weight.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const auto partial = at::empty({WgradTiles::of(shape, chip).shares * result.numel()},
                                  x.options().dtype(at::kFloat));
   launch_conv_wgrad(current_stream(x), x.scalar_type() == at::kBFloat16, shape,
                     {dy.const_data_ptr(), x.const_data_ptr(), data<float>(partial),
-                     result.mutable_data_ptr(), prologue},
+                     result.mutable_data_ptr(), norm},
                     chip);
   return result;
 }

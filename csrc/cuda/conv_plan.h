@@ -1,6 +1,7 @@
 // The convolution kernels' arithmetic of shapes and tiles: plain C++, for host, device and tests.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "bn_relu_plan.h"
@@ -27,6 +28,10 @@ struct ConvShape {
     return (w + padding.w + padding_end.w - reach_w() - 1) / stride.w + 1;
   }
   __host__ __device__ int64_t pixels() const { return n * p() * q(); }
+  // Whether a window may reach beyond the input.
+  __host__ __device__ bool is_padded() const {
+    return padding.h > 0 || padding.w > 0 || padding_end.h > 0 || padding_end.w > 0;
+  }
 };
 
 // Where output pixels lie in their array, counted in pixels: one behind the other (`dense`), or on
@@ -125,6 +130,35 @@ inline int choose_tile_k(const ConvShape& s, int multiprocessors, int most, bool
     if (tile <= most && cost < least) best = tile, least = cost;
   }
   return best;
+}
+
+// --- the prologue ---
+
+// Channels of a batch norm before a convolution at most, and their room in shared memory.
+constexpr int kMostNormalised = 1024;
+__host__ __device__ constexpr size_t norm_bytes(int channels) {
+  return 3 * sizeof(float) * channels;
+}
+
+// Whether on sm_90 the prologue costs less than batch norm and ReLU in a pass of their own, given
+// the steps of all tiles of tile_k together, and the instructions that the warps that multiply
+// issue for a step with its prologue: counted in the compiled kernels. Nanoseconds, by what is
+// published of the H100, not measured: of these warps a scheduler has two, and 1.7 cycles; a step's
+// products take the tensor cores 2.2 for each filter; memory gives 4000 bytes. So 1x1, which memory
+// limits, has a prologue; 3x3, which would normalise everything nine times, has none.
+inline bool prologue_pays(const ConvShape& s, int64_t steps, int tile_k, int instructions,
+                          int multiprocessors) {
+  constexpr double kFilter = 2.2, kBandwidth = 4000;
+  if (s.c > kMostNormalised) return false;
+  const double input = 2. * s.n * s.h * s.w * s.c, output = 2. * s.pixels() * s.k;
+  const double each = double(steps) / multiprocessors, issued = each * instructions * 2 / 1.7;
+  const double alone = std::max((input + output) / kBandwidth, each * tile_k * kFilter);
+  return std::max(alone, issued) <= alone + 2 * input / kBandwidth;
+}
+
+inline bool fprop_takes_prologue(const ConvShape& s, int tile_k, int multiprocessors) {
+  const int64_t tiles = ConvTiles::of(s, tile_k).count();
+  return prologue_pays(s, tiles * steps_of(s), tile_k, 300, multiprocessors);
 }
 
 // --- few tiles ---

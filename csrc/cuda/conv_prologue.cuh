@@ -62,27 +62,72 @@ class Windows {
   Window window_[N];
 };
 
-// relu((x - mean) * weight * invstd + bias) of packs of eight channels from c on, in place, rounded
-// as bn_relu does: those of the windows that have the tap. place(i): where the i-th window's pack
-// lies.
-template <typename T, int N, typename Place>
-__device__ void normalise(const Windows<N>& windows, int r, int s, int c,
-                          const Vectors<float>& vectors, Place place) {
+// Four channels of a batch norm.
+struct FourChannels {
+  Coefficients<float> of[4];
+};
+
+__device__ inline FourChannels four_channels(const Vectors<float>& v, int c) {
+  return {
+      {coefficients(v, c), coefficients(v, c + 1), coefficients(v, c + 2), coefficients(v, c + 3)}};
+}
+
+// A batch norm's channels in shared memory, each computed once: from global memory they would be 32
+// loads of a thread at every step, and the prologue is issued by the warps that multiply.
+class NormTable {
+ public:
+  __device__ NormTable(void* memory, int channels)
+      : mean_(static_cast<float*>(memory)),
+        scale_(mean_ + channels),
+        shift_(scale_ + channels),
+        channels_(channels) {}
+
+  // With those from `first` on, of which `left` exist. To be read once all threads are here.
+  __device__ void fill(const Vectors<float>& v, int first, int left, int thread, int threads) {
+    for (int i = thread; i < channels_ && i < left; i += threads) {
+      const Coefficients<float> k = coefficients(v, first + i);
+      mean_[i] = k.mean, scale_[i] = k.scale, shift_[i] = k.shift;
+    }
+  }
+
+  // From the c-th on, a multiple of four.
+  __device__ FourChannels operator()(int c) const {
+    const auto mean = load<4>(mean_ + c), scale = load<4>(scale_ + c), shift = load<4>(shift_ + c);
+    FourChannels k;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) k.of[j] = {mean.value[j], scale.value[j], shift.value[j]};
+    return k;
+  }
+
+ private:
+  float *mean_, *scale_, *shift_;
+  int channels_;
+};
+
+// relu((x - mean) * weight * invstd + bias) of N packs of eight channels, in place, rounded as
+// bn_relu does. place(i): where the i-th lies; has(i): whether it is one, and no padding;
+// norm(half): four of the channels.
+template <typename T, int N, typename Has, typename Norm, typename Place>
+__device__ void normalise(Has has, Norm norm, Place place) {
   Pack<T> x[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = *reinterpret_cast<const Pack<T>*>(place(i));
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {  // a channel at a time: few registers
-    const Coefficients<float> k = coefficients(vectors, c + j);
+  for (int half = 0; half < 2; ++half) {  // few registers
+    const FourChannels k = norm(half);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float y = k(widen(x[i].value[j]));
-      narrow(y <= 0 ? 0 : y, x[i].value[j]);  // NaN stays
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        T& value = x[i].value[4 * half + j];
+        const float y = k.of[j](widen(value));
+        narrow(y <= 0 ? 0 : y, value);  // NaN stays
+      }
     }
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (windows.has(i, r, s)) *reinterpret_cast<Pack<T>*>(place(i)) = x[i];
+    if (has(i)) *reinterpret_cast<Pack<T>*>(place(i)) = x[i];
   }
 }
 

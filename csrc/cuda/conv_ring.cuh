@@ -51,15 +51,15 @@ __device__ inline uint64_t operand(const char* box) {
 // Of the pixels of a warpgroup's box a thread prepares this one and every 16th behind it.
 __device__ inline int box_row() { return threadIdx.x % 128 / 8; }
 
-// The prologue of a warpgroup's box of 64 pixels x 64 channels, in place before it is multiplied; a
-// thread has the same pack of its four pixels.
-template <typename T>
-__device__ void prepare_box(char* box, const ConvShape& shape, const Windows<4>& windows, int r,
-                            int s, int channel, const Vectors<float>& vectors, int group) {
-  const int column = threadIdx.x % 8 * 8;
-  if (channel + column < shape.c) {
-    normalise<T>(windows, r, s, channel + column, vectors,
-                 [&](int i) { return place_in(box, box_row() + 16 * i, column); });
+// The prologue of a warpgroup's box of 64 pixels x 64 channels, of which so many exist, in place
+// before it is multiplied; a thread has the same pack of its four pixels. has(i): whether the i-th
+// lies in the input; norm(c): four of the box's channels.
+template <typename T, typename Has, typename Norm>
+__device__ void prepare_box(char* box, int channels, Has has, Norm norm, int group) {
+  if (const int column = threadIdx.x % 8 * 8; column < channels) {
+    normalise<T, 4>(
+        has, [&](int half) { return norm(column + 4 * half); },
+        [&](int i) { return place_in(box, box_row() + 16 * i, column); });
   }
   fence_shared();
   group_sync(1 + group, 128);

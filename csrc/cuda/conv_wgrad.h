@@ -76,6 +76,13 @@ struct WgradTiles {
   }
 };
 
+inline bool wgrad_takes_prologue(const ConvShape& shape, int multiprocessors) {
+  const auto t = WgradTiles::of(shape, multiprocessors);
+  const int64_t steps = t.tiles() * ceil_div(shape.pixels(), WgradTiles::kPixels);
+  const int instructions = shape.is_padded() ? 580 : 360;  // which pixels are padding, too
+  return prologue_pays(shape, steps, t.tile_k, instructions, multiprocessors);
+}
+
 // The arrays of one call, all on one device: activations dense in channels_last. `partial` has room
 // for shares * K * R * S * C values; `grad_filter` (K, R, S, C). With a prologue, C values, the
 // convolution's input is relu(batch_norm(input)).

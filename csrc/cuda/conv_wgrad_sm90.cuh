@@ -16,6 +16,7 @@ struct WgradMemory {
 
   alignas(1024) char grad[kStages][kGradBytes];
   alignas(1024) char input[kStages][kInputBytes];
+  alignas(16) char norms[2][norm_bytes(WgradTiles::kChannels)];  // of the two groups
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -80,12 +81,25 @@ __device__ void wgrad_consume(WgradMemory<kTileK>& m, const ConvShape& shape,
   Stage stage;
   int pixel = share.first * WgradTiles::kPixels;
   const auto box = [&](int i) { return m.input[i] + group * kBoxBytes; };
+  NormTable table(m.norms[group], WgradTiles::kChannels);
+  if constexpr (kPrologue) {
+    table.fill(w.prologue, at.channel, shape.c - at.channel, threadIdx.x % 128, 128);
+    group_sync(1 + group, 128);
+  }
   multiply<T, true, M::kStages>(
       m.full, m.empty, sum, stage, share.steps, lane,
       [&](int i) {
         if constexpr (kPrologue) {
-          const Windows<4> windows(shape, int64_t(pixel) + box_row(), 16);
-          prepare_box<T>(box(i), shape, windows, at.r, at.s, at.channel, w.prologue, group);
+          const int first = pixel + box_row();
+          const auto prepare = [&](auto has) {
+            prepare_box<T>(box(i), shape.c - at.channel, has, table, group);
+          };
+          if (shape.is_padded()) {
+            const Windows<4> windows(shape, first, 16);
+            prepare([&](int i) { return windows.has(i, at.r, at.s); });
+          } else {
+            prepare([&](int i) { return first + 16 * i < shape.pixels(); });
+          }
           pixel += WgradTiles::kPixels;
         }
       },

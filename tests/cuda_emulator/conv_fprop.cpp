@@ -41,6 +41,13 @@ extern "C" int choose_tile(const int64_t* numbers, int multiprocessors) {
   return choose_tile_k(shape_of(numbers), multiprocessors, 256, true);
 }
 
+extern "C" bool takes_prologue(const int64_t* numbers, int multiprocessors) {
+  const ConvShape shape = shape_of(numbers);
+  const int tile_k =
+      choose_tile_k(shape, multiprocessors, most_tile_k(Epilogue::kMoments, true), true);
+  return fprop_takes_prologue(shape, tile_k, multiprocessors);
+}
+
 extern "C" int shares_of(const int64_t* numbers, int multiprocessors) {
   return split_shares(shape_of(numbers), multiprocessors);
 }

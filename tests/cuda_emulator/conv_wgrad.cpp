@@ -42,6 +42,10 @@ extern "C" bool wgrad_covers(const int64_t* numbers, int multiprocessors) {
   return std::all_of(done.begin(), done.end(), [](int n) { return n == 1; });
 }
 
+extern "C" bool takes_prologue(const int64_t* numbers, int multiprocessors) {
+  return wgrad_takes_prologue(shape_of(numbers), multiprocessors);
+}
+
 // Filters of a tile and shares: what the plan chose.
 extern "C" void wgrad_plan(const int64_t* numbers, int multiprocessors, int* tile_k, int* shares) {
   const auto t = WgradTiles::of(shape_of(numbers), multiprocessors);
