@@ -82,8 +82,9 @@ def convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
 @functools.cache
 def _unchanging(channels: int, dtype: torch.dtype) -> nn.BatchNorm2d:
     """A batch norm whose scale is 1 and whose shift is 0."""
+    eps = 1e-30  # nothing beside a variance of 1, but positive, as PyTorch 2.11 wants it
     with torch.inference_mode(False):
-        return nn.BatchNorm2d(channels, eps=0.0, affine=False, device="cpu", dtype=dtype).eval()
+        return nn.BatchNorm2d(channels, eps=eps, affine=False, device="cpu", dtype=dtype).eval()
 
 
 def add_act(input: Tensor, residual: Tensor, act: Act) -> Tensor:
