@@ -155,22 +155,17 @@ def _batch_norm(
     names,
 ) -> None:  # fmt: skip
     """The parameters and statistics of F.batch_norm, vectors of C values, on a map of ``shape``."""
-    if training:
-        if shape[0] * shape[2] * shape[3] == 1:
-            raise ValueError(
-                "input: expected more than 1 value per channel when training, "
-                f"got input size {tuple(shape)}"
-            )
-    elif running_mean is None or running_var is None:
-        name = "running_mean" if running_mean is None else "running_var"
-        raise RuntimeError(f"{name}: expected a Tensor when training=False, got None")
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"input: expected more than 1 value per channel when training, got input size {tuple(shape)}"
+        )
     if eps < 0 or (training and eps == 0):
         raise ValueError(
             f"eps: expected a {'positive' if training else 'non-negative'} number, got {eps}"
         )
-    if (running_mean is None) != (running_var is None):
+    if not training and (running_mean is None or running_var is None):
         name = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{name}: expected a Tensor beside the other running statistic, got None")
+        raise RuntimeError(f"{name}: expected a Tensor when training=False, got None")
     for name, vector in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -185,6 +180,9 @@ def _batch_norm(
                     f"{name}: expected {str(dtype)[6:]} (or float32 beside a narrower input), "
                     f"got {_dtype(vector)}"
                 )
+    if (running_mean is None) != (running_var is None):
+        name = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{name}: expected a Tensor beside the other running statistic, got None")
 
 
 def _same_dtype(name: str, given: torch.dtype, expected: torch.dtype) -> None:
