@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "cpu/pooled.h"
@@ -52,6 +53,8 @@ struct Known {
   PyObject* const pool = intern("pool");
   PyObject* const flatten_name = intern("flatten");
   PyObject* const dim = intern("dim");
+  PyObject* const drop = intern("drop");
+  PyObject* const act = intern("act");
 };
 
 const Known& known() {
@@ -84,12 +87,33 @@ Convolution convolution_of(PyObject* module) {
            pair_of(conv.get(known().dilation)), int_of(conv.get(known().groups))}};
 }
 
+// Whether a class is timm's, which is not imported for that.
+bool is_timms(PyObject* module, const char* library, const char* name) {
+  const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  return std::strcmp(Py_TYPE(module)->tp_name, name) == 0 &&
+         type.attr("__module__").cast<std::string>() == library;
+}
+
+bool is_plain(PyObject* module, PyObject* cls) {
+  try {
+    Plain(module, cls);
+    return true;
+  } catch (const Unusual&) {
+    return false;
+  }
+}
+
 // A batch norm with statistics, and the counter of its batches in training.
 struct CountingBatchNorm : BatchNorm {
   OptionalTensor batches;
+  // Inside timm's: a ReLU, or what is to be called behind, see fusable.acts_apart().
+  bool relu = false;
+  std::vector<py::object> behind;
 
   explicit CountingBatchNorm(PyObject* module) {
-    const Plain bn(module, known().bn);
+    const bool timms = is_timms(module, "timm.layers.norm_act", "BatchNormAct2d");
+    const Plain bn = timms ? Plain(module) : Plain(module, known().bn);
+    if (timms) look_inside(module);
     running_mean = bn.tensor(known().buffers, known().running_mean);
     running_var = bn.tensor(known().buffers, known().running_var);
     weight = bn.tensor(known().parameters, known().weight);
@@ -102,6 +126,18 @@ struct CountingBatchNorm : BatchNorm {
     momentum = double_of(bn.get(known().momentum));  // None: a cumulative average
     batches = bn.tensor(known().buffers, known().num_batches_tracked);
     require(batches && bool_of(bn.get(known().track_running_stats)));
+  }
+
+  void look_inside(PyObject* module) {
+    PyObject* const drop = child_of(module, known().drop);
+    PyObject* const act = child_of(module, known().act);
+    if (!is_plain(drop, known().identity)) call_behind(drop);
+    relu = behind.empty() && is_plain(act, known().relu);
+    if (!relu && !is_plain(act, known().identity)) call_behind(act);
+  }
+
+  void call_behind(PyObject* module) {
+    behind.push_back(py::reinterpret_borrow<py::object>(module));
   }
 
   // Counts the batch before it is normalised, as nn.BatchNorm2d does; gives the counter.
@@ -136,11 +172,8 @@ cpu::MaxPool max_pool_of(PyObject* module) {
           pair_of(pool.get(known().padding))};
 }
 
-// Whether a class is timm's, which is not imported for that.
 bool is_timm_pool(PyObject* module, const char* name) {
-  const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(module));
-  return std::strcmp(Py_TYPE(module)->tp_name, name) == 0 &&
-         type.attr("__module__").cast<std::string>() == "timm.layers.adaptive_avgmax_pool";
+  return is_timms(module, "timm.layers.adaptive_avgmax_pool", name);
 }
 
 // A global average pooling, a flattening of what it gives, or a dropout that drops nothing; see
@@ -186,15 +219,18 @@ void require_no_autocast() { require(!at::autocast::is_autocast_enabled(at::kCPU
 py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_module,
                        py::handle act, py::handle residual, py::handle via, bool reuse) {
   OptionalTensor counted;
+  std::vector<py::object> behind;
   const auto site = [&] {
     const auto x = activation_of(input.ptr());
     const auto conv = convolution_of(conv_module.ptr());
     const CountingBatchNorm bn(bn_module.ptr());
-    const bool relu = is_relu(act.ptr());
+    behind = bn.behind;
+    require(behind.empty() || (act.is_none() && residual.is_none() && py::len(via) == 0));
+    const bool relu = is_relu(act.ptr()) || bn.relu;
     require_identities(via.ptr());
     OptionalTensor r;
     if (!residual.is_none()) {
-      require(relu);
+      require(is_relu(act.ptr()) && !bn.relu);  // which would come before the addition
       const auto& g = conv.geometry;
       require(g.stride[0] > 0 && g.stride[1] > 0);
       r = residual_of(residual, cpu::output_size(x, conv.weight, g), output_dtype(x));
@@ -203,7 +239,10 @@ py::object conv_bn_act(py::handle input, py::handle conv_module, py::handle bn_m
     const py::gil_scoped_release no_gil;
     return conv_bn_relu(x, r, conv, bn, relu, reuse);
   };
-  return unless_unusual(site, [&] { uncount(counted); });
+  py::object output = unless_unusual(site, [&] { uncount(counted); });
+  if (output.is_none()) return output;
+  for (const auto& module : behind) output = module(output);
+  return output;
 }
 
 }  // namespace
@@ -224,7 +263,8 @@ py::object bn_act(py::handle input, py::handle bn_module, py::handle act, py::ha
   const auto site = [&] {
     const auto x = activation_of(input.ptr());
     const CountingBatchNorm bn(bn_module.ptr());
-    const bool relu = is_relu(act.ptr());
+    require(bn.behind.empty() && (residual.is_none() || !bn.relu));
+    const bool relu = is_relu(act.ptr()) || bn.relu;
     require_identities(via.ptr());
     const auto r = residual_of(residual, x.sizes(), x.scalar_type());
     counted = bn.count();
@@ -250,7 +290,7 @@ py::object conv_bn_act_pool(py::handle input, py::handle conv_module, py::handle
     const auto x = activation_of(input.ptr());
     const auto conv = convolution_of(conv_module.ptr());
     const CountingBatchNorm bn(bn_module.ptr());
-    require(!bn.training && is_relu(act.ptr()));
+    require(!bn.training && bn.behind.empty() && (is_relu(act.ptr()) || bn.relu));
     require_identities(via.ptr());
     const auto pool = max_pool_of(pool_module.ptr());
     require_no_autocast();
