@@ -176,8 +176,9 @@ class _Summariser:
         for name, reason in mode.alone.items():
             try:
                 leaf = module.get_submodule(name)
-            except AttributeError:  # a functional ReLU has a name, but no module
-                self.rows.append(Row(path, "relu", (), "eager", reason))
+            except AttributeError:  # a function has a name, but no module
+                kind = {"conv2d": "conv", "batch": "bn"}.get(name.partition("_")[0], "relu")
+                self.rows.append(Row(path, kind, (), "eager", reason))
                 continue
             self.add(path, _kind(leaf), [leaf], reason)
 
