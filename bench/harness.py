@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres import compare, timing
-from fastres.training.memory import peak_bytes
+from fastres.memory import peak_bytes
 
 BUDGET = 0.4  # seconds of timing a test, within these limits:
 ROUNDS = (7, 300)

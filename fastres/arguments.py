@@ -10,7 +10,7 @@ def pair(name: str, value) -> tuple[int, int]:
     """``value`` for both map dimensions, as F.conv2d takes it: an int, or a sequence of 1 or 2."""
     if isinstance(value, int):
         return (value, value)
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected an int or a pair of them, got {value!r}")
     if len(value) not in (1, 2):
         raise RuntimeError(f"{name}: expected an int or a pair of them, got {tuple(value)}")

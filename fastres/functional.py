@@ -63,6 +63,7 @@ def bn_add_relu(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """``relu(batch_norm(input) + residual)``, batch norm as in :func:`bn_relu`."""
+    checks.tensor("residual", residual)
     return batch_norm(
         input, residual, running_mean, running_var, weight, bias, training, momentum, eps, True
     )
@@ -108,6 +109,7 @@ def conv_bn_add_relu(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """``relu(batch_norm(conv2d(input, weight, bias)) + residual)``, as :func:`conv_bn_relu`."""
+    checks.tensor("residual", residual)
     return _conv_bn(
         input, residual, weight, bias, stride, padding, dilation, groups,
         running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, True,

@@ -45,7 +45,7 @@ def acts_apart(bn: nn.Module) -> bool:
 def why_not_conv(conv: nn.Module) -> str:
     """Why a fused call may not stand for this convolution; "" where it may."""
     if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} is not nn.Conv2d"
+        return _why_not_yet(conv) or f"{type(conv).__name__} is not nn.Conv2d"
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"
     if conv.padding == "same" and any(
@@ -55,11 +55,18 @@ def why_not_conv(conv: nn.Module) -> str:
     return why_not_plain(conv)
 
 
+def _why_not_yet(module: nn.Module) -> str:
+    """A lazy module takes its lasting class at its first call, which no plan is told of."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(module).__name__} had seen no input: call the model once, then convert it"
+    return ""
+
+
 def why_not_bn(bn: nn.Module) -> str:
     """Why a fused call may not stand for this batch norm; "" where it may."""
     if not is_bn(bn):
         kind = "BatchNorm subclass " if isinstance(bn, nn.modules.batchnorm._BatchNorm) else ""
-        return f"{kind}{type(bn).__name__} is not nn.BatchNorm2d"
+        return _why_not_yet(bn) or f"{kind}{type(bn).__name__} is not nn.BatchNorm2d"
     return (name_of(bn) in _WITH_ACT and _why_not_inner(bn)) or why_not_plain(bn)
 
 

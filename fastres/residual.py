@@ -104,7 +104,7 @@ def end_without_branch(act: nn.Module, downsample: nn.Module | None, x: Tensor) 
 
 # --- a branch that ends in a batch norm, multiplied by a constant ---------------------------------
 
-# batch norm -> (its tensors, their versions, its multiple)
+# batch norm -> one in eval that gives a multiple of it
 _multiples: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -124,22 +124,21 @@ def scaled_conv_bn_act(
 
 
 def _multiple(bn: nn.Module, scale: float) -> nn.BatchNorm2d | None:
-    """A batch norm in eval that gives ``scale * bn``; None where ``bn`` must be called itself."""
+    """A batch norm in eval that gives ``scale * bn``; None where ``bn`` must be called itself.
+
+    Its vectors are made anew in every call: those folded into a convolution are compared by value.
+    """
     if bn.training or type(bn) is not nn.BatchNorm2d or fusable.why_not_bn(bn):
         return None
     if torch.is_grad_enabled() or bn.weight is None or bn.running_mean is None:
         return None
     if torch.compiler.is_compiling():
         return None
-    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    if any(t.is_inference() for t in tensors):  # these have no versions
-        return None
-    stamp = (scale, bn.eps, *(t._version for t in tensors))
-    made_of, made, multiple = _multiples.get(bn, ((None,) * 4, None, None))
-    if made != stamp or any(a is not b for a, b in zip(made_of, tensors, strict=True)):
-        multiple = nn.BatchNorm2d(bn.num_features, bn.eps, device="meta").eval()
-        multiple.weight = nn.Parameter(bn.weight.detach() * scale, requires_grad=False)
-        multiple.bias = nn.Parameter(bn.bias.detach() * scale, requires_grad=False)
-        multiple.running_mean, multiple.running_var = bn.running_mean, bn.running_var
-        _multiples[bn] = (tensors, stamp, multiple)
+    multiple = _multiples.get(bn)
+    if multiple is None:
+        multiple = nn.BatchNorm2d(bn.num_features, device="meta").eval()
+        _multiples[bn] = multiple
+    multiple.eps = bn.eps
+    multiple._parameters.update(weight=bn.weight * scale, bias=bn.bias * scale)
+    multiple._buffers.update(running_mean=bn.running_mean, running_var=bn.running_var)
     return multiple

@@ -48,6 +48,7 @@ def no_module() -> str:
     return "resnet"
 
 
+lazy = nn.LazyConv2d(4, 3)
 not_callable = 3
 
 
@@ -180,7 +181,7 @@ def test_a_failing_compiler_is_reported(capsys, photographs, here, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("resnet50", "did you mean torchvision:resnet50?"),
+        ("resnet50", "expected FAMILY:NAME such as torchvision:resnet50, got 'resnet50'"),
         ("fastres:resnet51", "no model is called 'resnet51'; did you mean resnet"),
         ("torchvision:resnet5O", "torchvision has no 'resnet5O'; did you mean resnet50"),
         ("torchvison:resnet18", "no module named 'torchvison'; did you mean torchvision?"),
@@ -188,6 +189,7 @@ def test_a_failing_compiler_is_reported(capsys, photographs, here, monkeypatch):
         ("test_cli:needs_argument", "without arguments: missing a required argument: 'depth'"),
         ("test_cli:no_module", "to return a torch.nn.Module, got str"),
         ("test_cli:not_callable", "expected a callable, test_cli:not_callable is int"),
+        ("test_cli:lazy", "test_cli:lazy holds a LazyConv2d without weights yet; call the model"),
     ],
 )
 def test_unknown_models_are_named(capsys, here, model, message):

@@ -342,7 +342,8 @@ def test_changed_parameters_are_seen(change):
 
 @pytest.mark.parametrize("size", [3, 24])
 def test_one_pruned_filter_is_seen(size):
-    """By one job, and where several share the look at the filters. Pruning scripts write ``weight.data[filter] = 0``, which leaves the version as it was."""
+    """By one job, and where several share the look at the filters. Pruning scripts write
+    ``weight.data[filter] = 0``, which leaves the version as it was."""
     conv, bn = nn.Conv2d(32, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128).eval()
     input = torch.randn(1, 32, size, size)
     missed = []

@@ -442,3 +442,12 @@ def test_results_come_in_the_callers_format():
     x.requires_grad_()
     model(x).sum().backward()
     assert x.grad.is_contiguous()
+
+
+def test_lazy_modules_are_fused_once_they_have_seen_an_input():
+    model = nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.LazyBatchNorm2d(), nn.ReLU())
+    found = reasons(fastres.convert(model))
+    for name, kind in (("0", "LazyConv2d"), ("1", "LazyBatchNorm2d")):
+        assert found[name] == f"{kind} had seen no input: call the model once, then convert it"
+    model(images().float())
+    assert kinds(fastres.convert(model)) == {"conv_bn_relu": 1}

@@ -386,3 +386,25 @@ def test_an_effect_in_a_finaliser():
 def test_another_default_device():
     with torch.device("meta"):
         assert kinds(fastres.convert(Block())) == FUSED
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiler", [torch.jit.script, lambda m: torch.jit.trace(m, images())])
+def test_a_script_module_inside_is_left_alone(compiler):
+    """It runs as it is, and says so; what surrounds it is fused."""
+
+    def model():
+        torch.manual_seed(0)
+        return randomized(nn.Sequential(Block(), Block())).eval()
+
+    ours, eager = model(), model()
+    ours[1] = compiler(ours[1])
+    fastres.convert(ours)
+    assert kinds(ours) == FUSED
+    assert reasons(ours) == {
+        f"1.{name}": "inside a ScriptModule" for name in ("conv1", "bn1", "conv2", "bn2", "relu")
+    }
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), eager(x))
+    assert set(reasons(fastres.convert(ours[1])).values()) == {"inside a ScriptModule"}

@@ -211,3 +211,20 @@ def test_left_alone_with_the_reason(name):
     assert kinds(converted) == fused
     if path is not None:
         assert reason in reasons(converted)[path]
+
+
+class Functional(Block):
+    """Convolution and batch norm as functions of the modules' parameters."""
+
+    def forward(self, x):
+        bn = self.bn1
+        x = F.conv2d(x, self.conv1.weight, self.conv1.bias, padding=1)
+        x = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        return F.relu(x)
+
+
+def test_functions_are_named_where_they_are_left_alone():
+    rows = fastres.summary(assert_agrees(Functional(), images())).left_alone
+    found = {row.kind: row.reason for row in rows if not row.modules}
+    assert found["conv"] == "conv2d is a function here, not a module"
+    assert found["bn"] == "batch_norm is a function here, not a module"

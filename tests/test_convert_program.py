@@ -200,3 +200,16 @@ def test_values_are_freed_after_their_last_use(net):
     with torch.no_grad():
         model(images(3, 16))
     assert alive == [[], [False]]
+
+
+class ManyOperands(Block):
+    def forward(self, x):
+        return torch.broadcast_tensors(*[super().forward(x)] * 17)[3]
+
+
+def test_a_call_of_more_operands_than_a_program_gives():
+    model = randomized(ManyOperands()).eval()
+    ours = fastres.convert(model, inplace=False)
+    x = images()
+    with torch.no_grad():
+        assert_like_eager({"output": ours(x)}, {"output": model(x)})

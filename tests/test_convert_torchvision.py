@@ -8,7 +8,7 @@ from torch import nn
 
 import fastres
 from fastres.compat import import_torchvision
-from fastres.training.memory import peak_bytes
+from fastres.memory import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

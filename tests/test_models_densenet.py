@@ -9,6 +9,7 @@ from families import assert_same_network, count, fill, trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
+from fastres import ops
 
 
 @pytest.mark.parametrize("depth", [121, 161, 169, 201])
@@ -70,13 +71,13 @@ def test_inference_copies_every_channel_once(one_thread):
     torch.testing.assert_close(output, _copied(block, x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(ops.extension is None, reason="a fallback keeps what the extension recomputes")
 def test_training_keeps_every_channel_once(one_thread):
     block = fastres.models.DenseNet(8, (6,), 16, num_classes=2).features.denseblock1
     x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
     kept = fastres.models.measure.activation_bytes(block, x)
     read = [16 + 8 * index for index in range(6)]  # channels, by layer
-    # the common buffer; the batch norms' outputs, and the input of the second of each layer
-    channels = 64 + sum(read) + 6 * 2 * 32
+    channels = 64 + 6 * 32  # the common buffer; the input of the second batch norm of each layer
     statistics = 2 * 4 * (sum(read) + 6 * 32)
     assert kept == channels * 2 * 8 * 8 * 4 + statistics
 

@@ -100,6 +100,11 @@ def test_the_multiple_follows_its_parameters(one_thread):
         for change in (
             lambda: block.bn2.weight.mul_(2), lambda: block.bn2.running_var.mul_(3),
             lambda: setattr(block.bn2, "weight", nn.Parameter(torch.randn(4))),
+            lambda: setattr(block.bn2, "weight", nn.Parameter(torch.randn(4))),
+            # which leaves the version as it was
+            lambda: block.bn2.weight.data.mul_(2), lambda: block.bn2.bias.data.add_(1),
+            lambda: setattr(block.bn2, "eps", 0.5),
+            lambda: setattr(block.bn2, "running_mean", torch.randn(4)),
             lambda: setattr(block, "survival", 0.25), lambda: block.load_state_dict(
                 {k: v + 0.5 for k, v in block.state_dict().items()}
             ),

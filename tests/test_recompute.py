@@ -9,7 +9,7 @@ import fastres
 from fastres import ops, reference
 from fastres.arguments import accumulation_dtype
 from fastres.functional import conv_bn, conv_bn_add_relu, conv_bn_relu
-from fastres.training.memory import peak_bytes
+from fastres.memory import peak_bytes
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="needs the compiled extension")
 

@@ -11,9 +11,9 @@ from learning import CLASSES, Interrupting, Net, make_run, small_recipe, weights
 
 import fastres
 from fastres import training
+from fastres.memory import peak_bytes
 from fastres.training import checkpoint
 from fastres.training.learner import Learner
-from fastres.training.memory import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("torchvision", "one_thread")
 pytest.importorskip("tqdm")

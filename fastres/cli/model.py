@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import compat, models
 from ..training import TrainingError, checkpoint
@@ -27,15 +28,18 @@ def build_model(
     """
     family, separator, name = spec.partition(":")
     if not (separator and family and name):
-        raise UserError(
-            f"MODEL: expected FAMILY:NAME such as torchvision:resnet50, got {spec!r}"
-            + did_you_mean(f"torchvision:{spec}", [f"torchvision:{spec}"])
-        )
+        raise UserError(f"MODEL: expected FAMILY:NAME such as torchvision:resnet50, got {spec!r}")
     torch.manual_seed(seed)
     try:
         model = _build(family, name, options or {})
     except ModuleNotFoundError as error:
         raise UserError(f"MODEL {spec!r}: {error}") from error
+    lazy = [type(m).__name__ for m in model.modules() if isinstance(m, LazyModuleMixin)]
+    if lazy:
+        raise UserError(
+            f"MODEL: {spec} holds a {lazy[0]} without weights yet; call the model once on zeros "
+            "where it is built"
+        )
     if weights is not None:
         try:
             checkpoint.load_weights(model, checkpoint.load(weights), weights)

@@ -21,7 +21,8 @@ def convert(model: nn.Module, inplace: bool = True) -> nn.Module:
     ``print(fastres.summary(model))`` shows each place and the reason. Calling it again converts
     what has been added since. With ``inplace=False`` a deep copy is converted and returned.
 
-    On CPU the converted part computes in channels_last; results come in the caller's format.
+    On CPU the converted part computes in channels_last; results come in the caller's format. Where
+    it draws random numbers, training keeps the caller's format, in which a seed means the same.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.

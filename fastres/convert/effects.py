@@ -100,6 +100,8 @@ class Effects:
     def _look(self, module: nn.Module) -> tuple[bool, bool]:
         if fusable.is_bn(module):
             return False, False
+        if isinstance(module, torch.jit.ScriptModule):
+            return True, True
         cls = original_class(module)
         if cls.__module__.startswith("torch.nn.") and not is_plain_container(module):
             changes = bool(getattr(module, "inplace", False))

@@ -25,6 +25,7 @@ _RELU_FUNCTIONS = frozenset({F.relu, F.relu_, torch.relu, torch.relu_})
 _RELU_METHODS = frozenset({"relu", "relu_"})
 _ADD_FUNCTIONS = frozenset({operator.add, IN_PLACE_OPERATORS["iadd"], torch.add})
 _ADD_METHODS = frozenset({"add", "add_"})
+_FUNCTIONAL = ("conv2d", "batch_norm")
 _SHARED = "value used by someone else too"
 
 
@@ -279,6 +280,8 @@ class _Finder:
         if isinstance(module, nn.ReLU) or (module is None and self.is_relu(node)):
             act = module if module is not None else F.relu
             return fusable.why_not_act(act) or self.why_relu_alone(node)
+        if node.op == "call_function" and _plain_name(node) in _FUNCTIONAL:
+            return f"{_plain_name(node)} is a function here, not a module"
         return ""
 
     def why_bn_alone(self, bn: Node) -> str:
@@ -306,6 +309,11 @@ class _Finder:
         if node.op == "placeholder":
             return "the module's input"
         return "the module's output" if node.op == "output" else str(node.name)
+
+
+def _plain_name(node: Node) -> str:
+    """Of the function that a node calls; an operator's is ``conv2d.default``."""
+    return getattr(node.target, "__name__", "").partition(".")[0]
 
 
 def _used_once(node: Node) -> bool:

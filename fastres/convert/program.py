@@ -18,6 +18,8 @@ _SITES = {
     stems.conv_bn_act_pool: "conv_bn_act_pool",
 }
 
+MOST_OPERANDS = 16  # that csrc/program.cpp gives a call
+
 
 class Name(str):
     """A name that generated code writes as it stands."""
@@ -75,6 +77,8 @@ class _Writer:
         elif node.op == "call_function":
             kind = _SITES.get(function) or getattr(function, "site", "")
         else:
+            raise _Unwritable
+        if len(operands) > MOST_OPERANDS:
             raise _Unwritable
         finished = [self.slots[each] for each in over if each in self.slots]
         self.slots[node] = len(self.slots)

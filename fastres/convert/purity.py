@@ -7,7 +7,9 @@ follows the author's code (everything that is neither PyTorch nor fastres). It r
 more than can be guarded; what can be guarded it notes as an expression to check at every call.
 """
 
+import argparse
 import builtins
+import dataclasses
 import dis
 import enum
 import functools
@@ -167,10 +169,21 @@ class Watch:
             return value  # a converted module notices when it is set
         if isinstance(value, Tensor):
             raise Refused(f"forward uses {name}, a tensor that is no parameter or buffer")
-        kept = _copy(value, f"forward uses {name}")
-        self.guards[f"{attribute_path(self._path_of(module))}.{name}"] = kept
-        lent = _copy(value, f"forward uses {name}")
-        self._lent.append((lent, kept))
+        path = f"{attribute_path(self._path_of(module))}.{name}"
+        return self._lend(value, path, f"forward uses {name}")
+
+    def _lend(self, value, path: str, what: str):
+        """A copy of ``value``, which must stay as it is at ``path``."""
+        if not _is_record(value):
+            kept, lent = _copy(value, what), _copy(value, what)
+            self.guards[path] = kept
+            self._lent.append((lent, kept))
+            return lent
+        cls = type(value)
+        self.guards |= {f"type({path})": cls, f"(*vars({path}),)": (*vars(value),)}
+        lent = cls.__new__(cls)
+        for name, item in vars(value).items():
+            lent.__dict__[name] = self._lend(item, f"{path}.{name}", what)
         return lent
 
     # --- code that runs --------------------------------------------------------------------------
@@ -333,3 +346,24 @@ def _copy(value, what: str):
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _copy(item, what)) for key, item in value.items())
     raise Refused(f"{what}, a {type(value).__name__} that may change")
+
+
+def _is_record(value) -> bool:
+    """Whether ``value`` is its attributes and nothing else: a namespace, or a plain dataclass."""
+    cls, held = type(value), getattr(value, "__dict__", None)
+    if held is None or not all(
+        name.isidentifier() and not keyword.iskeyword(name) for name in held
+    ):
+        return False
+    if cls in (argparse.Namespace, types.SimpleNamespace):
+        return True
+    if not dataclasses.is_dataclass(cls):
+        return False
+    shared = {k: v for base in cls.__mro__[:-1] for k, v in vars(base).items() if k not in held}
+    if shared.keys() & {"__getattr__", "__getattribute__"}:
+        return False
+    return all(
+        isinstance(item, (types.FunctionType, property, staticmethod, classmethod))
+        for name, item in shared.items()
+        if not (name.startswith("__") and name.endswith("__"))
+    )

@@ -105,6 +105,8 @@ def _is_free_of_strides(module: nn.Module, plans: dict) -> bool:
     plan = plans.get(module)
     if plan is not None and not (plan.train.refusal or plan.evaluate.refusal):
         return not (plan.train.on_strides or plan.evaluate.on_strides)
+    if isinstance(module, torch.jit.ScriptModule):  # nobody can read its code
+        return False
     cls = original_class(module)
     if cls.__module__.startswith(("torch.nn.", "fastres.")) and "forward" not in module.__dict__:
         return True

@@ -180,8 +180,9 @@ class _Summariser:
         for name, reason in mode.alone.items():
             try:
                 leaf = module.get_submodule(name)
-            except AttributeError:  # a functional ReLU has a name, but no module
-                self.rows.append(Row(path, "relu", (), "eager", reason))
+            except AttributeError:  # a function has a name, but no module
+                kind = {"conv2d": "conv", "batch": "bn"}.get(name.partition("_")[0], "relu")
+                self.rows.append(Row(path, kind, (), "eager", reason))
                 continue
             self.add(path, _kind(leaf), [leaf], reason)
 
@@ -189,22 +190,26 @@ class _Summariser:
 
     def why_unseen(self, path: str) -> str:
         """Why no forward that was looked at calls the leaf at ``path``."""
+        modules = {path: module for module, path in self.paths.items()}
+        if isinstance(modules[path], torch.jit.ScriptModule):
+            return "inside a ScriptModule"
         while path:
             path = path.rpartition(".")[0]
-            owner = self.model.get_submodule(path)
+            owner = modules[path]
             if owner in self.refusals:
                 return self.refusals[owner]
             if "forward" in owner.__dict__:
                 return f"patched forward of a {type(owner).__name__}"
-            if isinstance(owner, torch.jit.ScriptModule):
-                return "inside a ScriptModule"
         return "not called in the forwards that were looked at"
 
 
 def _kind(module: nn.Module) -> str:
     if fusable.is_bn(module):
         return "bn"
-    return next((kind for kind, cls in _KINDS if isinstance(module, cls)), "")
+    cls = type(module)
+    if isinstance(module, torch.jit.ScriptModule):  # the class that it was made of, by name
+        cls = getattr(nn, getattr(module, "original_name", ""), cls)
+    return next((kind for kind, known in _KINDS if issubclass(cls, known)), "")
 
 
 def _why_not(module: nn.Module) -> str:

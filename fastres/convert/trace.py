@@ -234,10 +234,15 @@ class _Tracer(torch.fx.Tracer):
         self.failure = self.failure or f"a decision depends on {what}"
 
     def keeps_values(self) -> bool:
-        """Whether a traced value outlived the trace: somebody stored it."""
-        if all(value() is None for value in self._values):
-            return False
-        gc.collect()
+        """Whether a traced value outlived the trace: somebody stored it.
+
+        Or it is in a cycle, as whatever was unpacked (``a, b = x.chunk(2, 1)``) is. That is young,
+        and found without a look at every object of the process, which takes long.
+        """
+        for generation in (1, 2):
+            if all(value() is None for value in self._values):
+                return False
+            gc.collect(generation)
         return any(value() is not None for value in self._values)
 
     def structure_guards(self) -> dict[str, object]:

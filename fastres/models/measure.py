@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
+from ..memory import kept_bytes
 from ..timing import interleave, spread
 
 Shape = tuple[int, ...]
@@ -48,24 +49,19 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def activation_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes that a training step keeps between forward and backward, parameters aside.
+    """Bytes that a training step keeps between forward and backward, parameters and images aside.
 
-    ``model`` is called once in training mode, on a copy, so that its statistics stay.
+    ``model`` is called once in training mode, on a copy, so that its statistics stay. Hooks on saved
+    tensors would not do: fastres keeps more where there are any.
     """
     model = copy.deepcopy(model).train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    kept: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def graph() -> list:
+        leaves = (leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor))
+        return [leaf.grad_fn for leaf in leaves]
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(images)
-    del output  # until here everything was alive, so that no address came twice
-    return sum(kept.values())
+    with torch.enable_grad():
+        return kept_bytes(graph, images.device)
 
 
 def milliseconds(model: nn.Module, images: Tensor, rounds: int = 5) -> float:

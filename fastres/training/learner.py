@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from ..convert import convert
+from ..memory import peak_bytes
 from .distributed import Ranks, synchronised
-from .memory import peak_bytes
 from .recipes import Recipe
 from .seeds import derive
 from .settings import DTYPES, Settings

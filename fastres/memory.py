@@ -1,7 +1,8 @@
-"""The peak memory of a call."""
+"""The memory that a call takes, and what it leaves allocated."""
 
 import os
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,12 +21,26 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(_held_over_time(call), default=0)
+
+
+def kept_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """What the result of ``call`` keeps allocated: counted as in :func:`peak_bytes`."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        kept = call()
+        after = torch.cuda.memory_allocated(device)
+        del kept  # until here it was alive
+        return after - before
+    return [0, *_held_over_time(call)][-1]
+
+
+def _held_over_time(call: Callable[[], object]) -> list[int]:
+    """Bytes on the CPU after each allocation and release in ``call``, whose result stays alive."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints its stages otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+        kept = call()
+    del kept
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return list(accumulate(event.nbytes() for event in events))
