@@ -185,7 +185,7 @@ def wgrad(
 
     with on(x):
         key = (shape.taps, prologue is None)
-        way = Way(wgrad_kernel, problem, launch)
+        way = Way(wgrad_kernel, problem, launch, configs.candidates(problem))
         _, tile = tuning.choose([way], key, x, measure, tile)
         parts = launch(wrap(wgrad_kernel), tile, **tile.keywords)
         if parts.shape[0] > 1:
@@ -196,7 +196,7 @@ def wgrad(
 def _splits(pixels: int, programs: int, multiprocessors: int, block: int) -> tuple[int, int]:
     """How many parts of how many pixels: two programs a multiprocessor, but no part so short that
     writing and adding its sums takes longer than finding them."""
-    wanted = triton.cdiv(2 * multiprocessors, programs)
-    each = triton.cdiv(triton.cdiv(pixels, wanted), block) * block
-    each = max(each, 8 * block)
-    return triton.cdiv(pixels, each), each
+    steps = triton.cdiv(pixels, block)
+    wanted = max(1, min(triton.cdiv(2 * multiprocessors, programs), steps // 8))
+    parts, each = configs.equal_parts(steps, wanted)
+    return parts, each * block

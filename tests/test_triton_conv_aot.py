@@ -46,6 +46,10 @@ def empty(*size, dtype) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if len(size) == 4 else tensor
 
 
+def parted(*operands, tile, **keywords):
+    launch.fprop(*operands, tile=tile._replace(parts=4), **keywords)
+
+
 def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
     """At ResNet-50's shapes with 256 channels, batch 256, and its stem."""
     activation, vector = (functools.partial(empty, dtype=d) for d in (dtype, torch.float32))
@@ -80,6 +84,8 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
         yield case("dgrad descriptors masked", "descriptors", launch.dgrad, x, w, x.shape, **behind)
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
+        for name, form in (("", {}), (" prologue", {"prologue": affine})):
+            yield case(f"fprop parts{name}", "parts", parted, x, w, **form)
         yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
         yield case("wgrad prologue", "wgrad", launch.wgrad, x, x, w.shape, prologue=affine)
     strided = {"stride": (2, 2), "padding": (1, 1)}
