@@ -311,11 +311,13 @@ def problem(
     device = like.device
     fp32 = "tf32" if allow_tf32 else "ieee"
     return Problem(
-        kind, architecture(device), fp32 if like.dtype == torch.float32 else "half", groups,
-        _known(rows), _known(columns), _known(depth), multiprocessors(device), taps,
+        kind, architecture(device), fp32 if like.dtype == torch.float32 else "half",
+        int(groups), _known(rows), int(columns), _known(depth), multiprocessors(device),
+        int(taps),
     )  # fmt: skip
 
 
 def _known(size: int) -> int:
-    """Or of a symbolic one the power of 2 above: a graph is then good for all sizes up to that."""
+    """Or of a symbolic one the power of 2 above: a graph is then good for all sizes up to that.
+    What is a model's, not its input's, is a number in any graph."""
     return power_of_2(size, 1 << 30) if isinstance(size, torch.SymInt) else size

@@ -235,6 +235,43 @@ def test_groups_and_strides(architecture, monkeypatch):
         assert bool(loads) == (made.keywords["R"] > 0)
 
 
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_single_image(architecture, monkeypatch):
+    """ResNet-50's last stages in the shipped choice: small tiles, and a depth in parts, whose sums
+    are loaded 16 bytes a thread and all at once."""
+    monkeypatch.setattr(configs, "architecture", lambda device: architecture)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
+    activation = functools.partial(empty, dtype=torch.bfloat16)
+    norm = [empty(512, dtype=torch.float32) for _ in range(4)]
+    names = []
+    for size, channels, taps in ((7, 512, 3), (7, 2048, 1), (14, 512, 1)):
+        x, w, y = (
+            activation(*of)
+            for of in (
+                (1, channels, size, size), (512, channels, taps, taps), (1, 512, size, size),
+            )
+        )  # fmt: skip
+        with aot.recorded() as launches:
+            launch.fprop(
+                x, w, padding=(taps // 2, taps // 2), norm=launch.Norm(*norm, 1e-5), residual=y,
+                relu=True,
+            )  # fmt: skip
+        for made in launches:
+            names.append(made.kernel.fn.__name__)
+            binary = aot.compile_launch(made, architecture)
+            assert binary.spills == 0 and binary.stack == 0
+            if names[-1] == "finish_parts_kernel":
+                moves = [
+                    line.split()[0] for line in binary.sass if line[:3] in ("LDG", "FAD", "BRA")
+                ]
+                together = ["LDG.E.128"] * made.keywords["TOGETHER"]
+                assert any(moves[i : i + len(together)] == together for i in range(len(moves)))
+                continue
+            assert binary.count("LDG.128") + binary.count("LDGSTS.128")
+            assert binary.count("STG.128") and any(matrix_instructions(binary).values())
+    assert names[:2] == ["fprop_kernel", "finish_parts_kernel"] and len(names) >= 4
+
+
 @pytest.mark.parametrize("allow_tf32", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("kind", ["plain", "prologue", "masked", "wgrad"])
 def test_fp32(kind, allow_tf32):
