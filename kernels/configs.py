@@ -269,7 +269,7 @@ _BYTES_A_NS = 55
 _STEP_NS = 120
 _PROGRAM_NS = 1500
 _FINISH_NS = 2500
-_FINISHED = 512  # values, by one program
+_FINISHED = 128  # values, by one program
 MOST_PARTS = 32
 
 

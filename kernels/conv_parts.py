@@ -19,9 +19,10 @@ from torch import Tensor
 from .conv_epilogue import finish
 from .conv_operands import grid
 
-# 512 values are 16 bytes a thread and load. 49 x 512 of them are 56 programs, which is what matters:
-# each waits for memory once for every so many parts.
-BLOCK_M, BLOCK_N, TOGETHER = 8, 64, 8
+# A warp's 128 values are 16 bytes a thread and load, and one warp may use 64 registers without being
+# fewer on a multiprocessor: so the compiler lets 8 parts be loaded before the first is waited for. Of
+# 4 warps it loads some, adds them, and loads the next. 49 x 512 values are 208 programs.
+BLOCK_M, BLOCK_N, TOGETHER = 4, 32, 8
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def finish_parts_kernel(
     size = tl.cast(pixels, tl.int64) * filters
     acc = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
     for first in range(0, parts, TOGETHER):
-        for i in tl.static_range(TOGETHER):  # loads that do not wait for each other
+        for i in tl.static_range(TOGETHER):  # in as many loads at once
             part = first + i
             acc += tl.load(place + part * size, mask=known & (part < parts), other=0)
     finish(
@@ -79,5 +80,5 @@ def finish_parts(sums: Tensor, y: Tensor, epilogue, moments, eps: float, relu: b
     parts, pixels, filters = sums.shape
     wrap(finish_parts_kernel)[grid(pixels, 1, filters)](
         sums, y, *epilogue, *moments, parts, pixels, filters, eps,
-        RELU=relu, TOGETHER=TOGETHER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        RELU=relu, TOGETHER=TOGETHER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=1,
     )  # fmt: skip
