@@ -159,7 +159,7 @@ def accesses(binary, opcodes, least: int) -> list[int]:
 @pytest.mark.parametrize(
     "architecture, case, tile", matrix(),
     ids=lambda p: p.name if isinstance(p, Case) else str(p) if isinstance(p, int) else
-    "x".join(str(n) for n in p),
+    "x".join(str(n) for n in p[:6]),
 )  # fmt: skip
 def test_binary(architecture, case, tile):
     _, binary = row(architecture, case.name, tile)
