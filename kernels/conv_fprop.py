@@ -205,20 +205,18 @@ def _choose(
     operands: _Operands, obstacle: str | None, y: Tensor, allow_tf32: bool, tile: Tile | None
 ) -> tuple[Way, Tile]:
     shape, groups, flat = operands.shape, operands.groups, operands.flat
-    scale, statistics = operands.prologue[1], operands.statistics
-    kind = (
-        "flat" if flat else "plain" if scale is None and not statistics
-        else "prologue" if scale is not None else "statistics"
-    )  # fmt: skip
+    prologue, statistics = operands.prologue[1] is not None, operands.statistics
+    kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
     taps, depth = shape.taps[0] * shape.taps[1], shape.channels // groups
     problem = configs.problem(
         kind, y, allow_tf32, groups, shape.pixels, shape.filters // groups,
         *((depth * taps, 1) if flat else (depth, taps)),
     )  # fmt: skip
-    ways = [Way(fprop_kernel, problem, operands.by_pointers, configs.candidates(problem))]
+    launch = operands.by_pointers
+    ways = [Way(fprop_kernel, problem, launch, configs.candidates(problem))]
     if not flat:
         split = configs.split_candidates(problem)
-        ways += [Way(fprop_kernel, problem, operands.by_pointers, (each,)) for each in split]
+        ways += [Way(fprop_kernel, problem, launch, (each,)) for each in split]
     elif tile and tile.parts > 1:
         raise ValueError("tile: no parts of a convolution of so few channels")
     if obstacle is None:
@@ -233,5 +231,5 @@ def _choose(
         way.launch(tuner, lowest, torch.empty_like(y), lambda kernel: kernel)
 
     residual = operands.epilogue[-1]
-    key = (shape.taps, shape.stride, statistics, scale is None, residual is None)
+    key = (shape.taps, shape.stride, statistics, prologue, residual is None)
     return tuning.choose(ways, key, y, measure, tile)
