@@ -95,7 +95,7 @@ def dgrad_kernel(
         image, row, column, inside, out, out_known,
         out_height, out_width, filters, group * group_filters, group_filters, group_channels,
         step_h, step_w, w_row, w_column, w_filter, 1,
-        MERGED, R, S, False, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        MERGED, R, S, False, False, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     finish_gradient(
         acc, dx, residual, behind, mean, scale, shift, output, sums_g, sums_gx,
@@ -215,18 +215,19 @@ def _choose(
     problem = configs.problem(
         "masked" if behind else "plain", dx, allow_tf32, groups,
         max(part.pixels for part in classes), shape.channels // groups, shape.filters // groups,
+        max(1, *(part.taps[0] * part.taps[1] for part in classes)),
     )  # fmt: skip
-    ways = [Way(dgrad_kernel, problem, operands.by_pointers)]
+    ways = [Way(dgrad_kernel, problem, operands.by_pointers, configs.candidates(problem))]
     if obstacle is None:
         problem = problem._replace(kind="descriptors")
         kernel = conv_descriptors.dgrad_descriptors_kernel
-        ways.append(Way(kernel, problem, operands.on_descriptors))
+        ways.append(Way(kernel, problem, operands.on_descriptors, configs.candidates(problem)))
     elif tile and tile.descriptors:
         raise ValueError(f"tile: no tensor descriptors for a gradient with {obstacle}")
 
     def measure(way: Way, tuner):
         most = max(classes, key=lambda part: part.taps[0] * part.taps[1])
-        lowest = min(configs.candidates(way.problem), key=lambda tile: tile.BLOCK_M)
+        lowest = min(way.tiles, key=lambda tile: tile.BLOCK_M)
         sums = operands.sums(operands.tiles(most, lowest))
         way.launch(tuner, most, torch.empty_like(dx), sums)
 

@@ -1,25 +1,17 @@
 """Convolution forward: implicit GEMM with a prologue on what it loads and an epilogue on its sums."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, conv_descriptors, tuning
+from . import configs, conv_descriptors, conv_parts, tuning
 from .configs import Tile
 from .conv_boxes import tiles_of
 from .conv_epilogue import finish
-from .conv_operands import (
-    Affine,
-    Norm,
-    empty_last,
-    few,
-    grid,
-    last,
-    on,
-    precision,
-    smallest,
-)
+from .conv_operands import Affine, Norm, empty_last, few, grid, last, on, precision
 from .conv_shape import Shape, flat_channels, merge_groups, merged
 from .conv_tile import accumulate_merged, place_of, unravel
 from .segments import Moments, merge_moments
@@ -30,7 +22,8 @@ from .tuning import Way
 def fprop_kernel(
     x,  # (N, H, W, C)
     w,  # (K, R, S, C / groups)
-    y,  # (N, P, Q, K)
+    sums,  # (parts, N * P * Q, K) or None: what a part of the depth gives, for conv_parts
+    y,  # (N, P, Q, K) or None, as all that follows up to residual, where sums are
     bias,  # (K,) or None
     mean,  # (K,) or None
     variance,  # (K,) or None
@@ -99,16 +92,81 @@ def fprop_kernel(
         image, row, column, inside, out, out_known,
         height, width, channels, group * group_channels, group_channels, group_filters,
         dilation_h, dilation_w, S * group_channels, group_channels, 1, R * S * group_channels,
-        MERGED, R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        MERGED, R, S, sums is not None, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    finish(
-        acc, y, bias, mean, variance, scale, shift, residual, means, squares, counts,
-        m, pixel, inside, tl.minimum(pixels - m * BLOCK_M, BLOCK_M),
-        group * group_filters + out, out_known, filters, eps, RELU,
-    )  # fmt: skip
+    k = group * group_filters + out
+    if sums is not None:
+        line = tl.program_id(1).to(tl.int64) * pixels + pixel
+        known = inside[:, None] & out_known[None, :]
+        tl.store(sums + line[:, None] * filters + k[None, :], acc, mask=known)
+    else:
+        finish(
+            acc, y, bias, mean, variance, scale, shift, residual, means, squares, counts,
+            m, pixel, inside, tl.minimum(pixels - m * BLOCK_M, BLOCK_M),
+            k, out_known, filters, eps, RELU,
+        )  # fmt: skip
 
 
 # --- launcher ------------------------------------------------------------------------------------
+
+
+class _Operands(NamedTuple):
+    """Of every launch of a convolution, all channels_last."""
+
+    shape: Shape
+    groups: int
+    merged: int  # groups computed as one
+    flat: int
+    x: Tensor
+    w: Tensor
+    prologue: tuple[Tensor | None, ...]
+    epilogue: tuple[Tensor | None, ...]  # from bias to residual
+    eps: float
+    relu: bool
+    statistics: bool
+    precision: str
+
+    def by_pointers(self, kernel, tile: Tile, y: Tensor, wrap, **keywords):
+        """Its moments, or Nones."""
+        if tile.parts > 1:
+            return self._in_parts(kernel, tile, y, wrap, **keywords)
+        moments = self._moments(triton.cdiv(self.shape.pixels, tile.BLOCK_M))
+        self._launch(kernel, 1, None, y, self.epilogue, moments, RELU=self.relu, **keywords)
+        return moments
+
+    def _in_parts(self, kernel, tile: Tile, y: Tensor, wrap, **keywords):
+        sums = conv_parts.room_for(tile.parts, y)
+        moments = self._moments(triton.cdiv(self.shape.pixels, conv_parts.BLOCK_M))
+        nothing = (None,) * len(self.epilogue), (None,) * len(moments)
+        self._launch(kernel, tile.parts, sums, None, *nothing, RELU=False, **keywords)
+        conv_parts.finish_parts(sums, y, self.epilogue, moments, self.eps, self.relu, wrap)
+        return moments
+
+    def _launch(self, kernel, parts: int, sums, y, epilogue, moments, **keywords) -> None:
+        shape, groups = self.shape, self.groups
+        tiles = grid(shape.pixels, groups, shape.filters // groups)
+        kernel[lambda meta: (*tiles(meta), parts)](
+            self.x, self.w, sums, y, *epilogue, *self.prologue, *moments,
+            shape.pixels, *shape.input[2:], shape.channels, shape.filters, *shape.output[2:],
+            *shape.stride, *shape.padding, *shape.dilation,
+            shape.channels // groups, shape.filters // groups, self.eps,
+            MERGED=self.merged, R=shape.taps[0], S=shape.taps[1], PLAIN=shape.pointwise,
+            FLAT=self.flat, PADDED=shape.padded, PRECISION=self.precision, **keywords,
+        )  # fmt: skip
+
+    def on_descriptors(self, kernel, tile: Tile, y: Tensor, wrap, **keywords):
+        extent = conv_descriptors.output_extent(self.shape)
+        moments = self._moments(tiles_of(extent, tile.BLOCK_M))
+        conv_descriptors.launch_fprop(
+            kernel, self.shape, self.x, self.w, y, *self.epilogue, *moments,
+            eps=self.eps, RELU=self.relu, **keywords,
+        )  # fmt: skip
+        return moments
+
+    def _moments(self, tiles: int):
+        if not self.statistics:
+            return None, None, None
+        return Moments.empty(self.x, tiles, self.shape.filters)
 
 
 def fprop(
@@ -125,54 +183,53 @@ def fprop(
     flat = flat_channels(groups, x.shape[1])
     x, w, residual, prologue = few(x, flat), few(w, flat), last(residual), few(prologue, flat)
     shape = Shape.of(x.shape, w.shape, stride, padding, dilation, groups)
-    merge = merged(groups, shape.channels // groups, shape.filters // groups)
     y = empty_last(x, shape.output)
     if not y.numel():
         return y, Moments.empty(x, 0, shape.filters) if statistics else None
-    obstacle = conv_descriptors.fprop_obstacle(shape, groups, prologue, x, w)
-    w = merge_groups(w, groups, merge)
-    groups //= merge
-    kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
-    problem = configs.problem(
-        kind, x, allow_tf32, groups, shape.pixels, shape.filters // groups, shape.channels // groups
-    )
+    merge = merged(groups, shape.channels // groups, shape.filters // groups)
     *normal, eps = norm or (None, None, None, None, 0.0)
+    operands = _Operands(
+        shape, groups // merge, merge, flat, x, merge_groups(w, groups, merge),
+        prologue or (None, None, None), (bias, *normal, residual), eps, relu, statistics,
+        precision(allow_tf32),
+    )  # fmt: skip
+    with on(x):
+        obstacle = conv_descriptors.fprop_obstacle(shape, groups, prologue, x, w)
+        way, tile = _choose(operands, obstacle, y, allow_tf32, tile)
+        kernel = way.kernel if tile.descriptors else wrap(way.kernel)
+        moments = way.launch(kernel, tile, y, wrap, **tile.keywords)
+        return y, merge_moments(moments, wrap) if statistics else None
 
-    def moments_of(tiles: int):
-        return Moments.empty(x, tiles, shape.filters) if statistics else (None, None, None)
 
-    def launch(kernel, block_m: int, y=y, **keywords):
-        moments = moments_of(triton.cdiv(shape.pixels, block_m))
-        kernel[grid(shape.pixels, groups, shape.filters // groups)](
-            x, w, y, bias, *normal, residual, *(prologue or (None, None, None)), *moments,
-            shape.pixels, *shape.input[2:], shape.channels, shape.filters, *shape.output[2:],
-            *stride, *padding, *dilation, shape.channels // groups, shape.filters // groups, eps,
-            MERGED=merge, R=shape.taps[0], S=shape.taps[1], RELU=relu, PLAIN=shape.pointwise,
-            FLAT=flat, PADDED=shape.padded, PRECISION=precision(allow_tf32), **keywords,
-        )  # fmt: skip
-        return moments
-
-    def launch_descriptors(kernel, block_m: int, y=y, **keywords):
-        moments = moments_of(tiles_of(conv_descriptors.output_extent(shape), block_m))
-        conv_descriptors.launch_fprop(
-            kernel, shape, x, w, y, bias, *normal, residual, *moments,
-            eps=eps, RELU=relu, **keywords,
-        )  # fmt: skip
-        return moments
-
-    ways = [Way(fprop_kernel, problem, launch)]
+def _choose(
+    operands: _Operands, obstacle: str | None, y: Tensor, allow_tf32: bool, tile: Tile | None
+) -> tuple[Way, Tile]:
+    shape, groups, flat = operands.shape, operands.groups, operands.flat
+    prologue, statistics = operands.prologue[1] is not None, operands.statistics
+    kind = "flat" if flat else "prologue" if prologue else "statistics" if statistics else "plain"
+    taps, depth = shape.taps[0] * shape.taps[1], shape.channels // groups
+    problem = configs.problem(
+        kind, y, allow_tf32, groups, shape.pixels, shape.filters // groups,
+        *((depth * taps, 1) if flat else (depth, taps)),
+    )  # fmt: skip
+    launch = operands.by_pointers
+    ways = [Way(fprop_kernel, problem, launch, configs.candidates(problem))]
+    if not flat:
+        split = configs.split_candidates(problem)
+        ways += [Way(fprop_kernel, problem, launch, (each,)) for each in split]
+    elif tile and tile.parts > 1:
+        raise ValueError("tile: no parts of a convolution of so few channels")
     if obstacle is None:
         problem = problem._replace(kind="descriptors")
-        ways.append(Way(conv_descriptors.fprop_descriptors_kernel, problem, launch_descriptors))
+        kernel, launch = conv_descriptors.fprop_descriptors_kernel, operands.on_descriptors
+        ways.append(Way(kernel, problem, launch, configs.candidates(problem)))
     elif tile and tile.descriptors:
         raise ValueError(f"tile: no tensor descriptors for a convolution with {obstacle}")
 
     def measure(way: Way, tuner):
-        way.launch(tuner, smallest(way.problem), torch.empty_like(y))
+        lowest = min(way.tiles, key=lambda tile: tile.BLOCK_M)  # needs the most room for its sums
+        way.launch(tuner, lowest, torch.empty_like(y), lambda kernel: kernel)
 
-    with on(x):
-        key = (shape.taps, shape.stride, statistics, prologue is None, residual is None)
-        way, tile = tuning.choose(ways, key, x, measure, tile)
-        kernel = way.kernel if tile.descriptors else wrap(way.kernel)
-        moments = way.launch(kernel, tile.BLOCK_M, **tile.keywords)
-        return y, merge_moments(moments, wrap) if statistics else None
+    residual = operands.epilogue[-1]
+    key = (shape.taps, shape.stride, statistics, prologue, residual is None)
+    return tuning.choose(ways, key, y, measure, tile)

@@ -7,7 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs
 from .conv_shape import pad_channels
 
 
@@ -63,11 +62,6 @@ def grid(rows: int, groups: int, columns: int):
         return (triton.cdiv(rows, meta["BLOCK_M"]) * tiles,)
 
     return programs
-
-
-def smallest(problem: configs.Problem) -> int:
-    """Rows of the lowest tile that may be tried: so many tiles need room for their sums."""
-    return min(tile.BLOCK_M for tile in configs.candidates(problem))
 
 
 def precision(allow_tf32: bool) -> str:

@@ -77,6 +77,7 @@ def accumulate(
     w_out,
     R: tl.constexpr,
     S: tl.constexpr,
+    SPLIT: tl.constexpr,
     FLAT: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,7 +85,9 @@ def accumulate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile's fp32 sums. ``FLAT`` runs over taps and channels as one axis, for inputs whose few
+    """The tile's fp32 sums; with ``SPLIT`` this program's part of them, by the grid's axis 1.
+
+    ``FLAT`` runs over taps and channels as one axis, for inputs whose few
     channels would leave most of a step empty: it is their number, a power of 2 that the compiler
     knows, so that they are loaded together. w must be dense then. Without ``PADDED`` no tap leaves
     x."""
@@ -121,7 +124,13 @@ def accumulate(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     elif R * S > 0:  # in dgrad a pixel between strides may have no tap
         blocks = tl.cdiv(group_channels, BLOCK_K)
-        for step in range(R * S * blocks):
+        begin = 0
+        end = R * S * blocks
+        if SPLIT:
+            each = tl.cdiv(end, tl.num_programs(1))
+            begin = tl.program_id(1) * each
+            end = tl.minimum(begin + each, end)
+        for step in range(begin, end):
             tap = step // blocks
             r = tap // S
             s = tap % S
@@ -156,8 +165,8 @@ def accumulate_merged(
     x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,
     height, width, channels, first_channel, group_channels, group_out, step_h, step_w,
     w_row, w_column, w_in, w_out,
-    MERGED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, FLAT: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    MERGED: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SPLIT: tl.constexpr,
+    FLAT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """:func:`accumulate` where ``MERGED`` groups are computed as one, with zeros between them.
@@ -169,7 +178,7 @@ def accumulate_merged(
         x, w, x_mean, x_scale, x_shift, image, row, column, inside, out, out_known,
         height, width, channels, first_channel, group_channels, None, None, step_h, step_w,
         w_row, w_column, w_in, w_out,
-        R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        R, S, SPLIT, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if MERGED > 1:
         own_in = group_channels // MERGED
@@ -181,7 +190,7 @@ def accumulate_merged(
                     height, width, channels, first_channel, group_channels,
                     member * own_in, (member + 1) * own_in, step_h, step_w,
                     w_row, w_column, w_in, w_out,
-                    R, S, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    R, S, SPLIT, FLAT, PADDED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 acc = tl.where((out // own_out == member)[None, :], own, acc)
     return acc

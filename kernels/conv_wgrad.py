@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs, tuning
 from .configs import Tile
-from .conv_operands import Affine, empty_last, few, last, on, precision
+from .conv_operands import Affine, empty_last, few, grid, last, on, precision
 from .conv_shape import Shape, flat_channels, merged, split_groups
 from .conv_tile import activated, place_of, unravel
 from .segments import merge_sums
@@ -78,16 +78,14 @@ def wgrad_kernel(
         j_known = j < depth
         tap = j // FLAT
         channel = j % FLAT
-        down = tap // S * dilation_h
-        right = tap % S * dilation_w
     else:
         tap = n % tiles // tap_tiles
         c = n % tap_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         j = tap * group_channels + c
         j_known = c < group_channels
         channel = group * group_channels + c
-        down = tap // S * dilation_h
-        right = tap % S * dilation_w
+    down = tap // S * dilation_h
+    right = tap % S * dilation_w
     acc = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
     begin = split * split_pixels
     end = tl.minimum(begin + split_pixels, pixels)
@@ -156,22 +154,19 @@ def wgrad(
     columns = group_channels * taps if flat else group_channels
     problem = configs.problem("wgrad", x, allow_tf32, groups, group_filters, columns, shape.pixels)
     mean, x_scale, x_shift = prologue or (None, None, None)
+    tiles = grid(group_filters, groups * (1 if flat else taps), columns)
 
     def launch(kernel, tile, **keywords):
-        programs = groups * (1 if flat else taps) * triton.cdiv(columns, tile.BLOCK_N)
-        programs *= triton.cdiv(group_filters, tile.BLOCK_M)
-        splits, each = _splits(shape.pixels, programs, problem.multiprocessors, tile.BLOCK_K)
+        splits, each = _splits(
+            shape.pixels, *tiles(tile.keywords), problem.multiprocessors, tile.BLOCK_K
+        )
         straight = splits == 1 and merge == 1  # else the result is rounded last
         parts = x.new_empty(
             splits, shape.filters * taps * group_channels,
             dtype=dtype if straight else torch.float32,
         )  # fmt: skip
 
-        def grid(meta):
-            tiles = groups * (1 if flat else taps) * triton.cdiv(columns, meta["BLOCK_N"])
-            return tiles * triton.cdiv(group_filters, meta["BLOCK_M"]), splits
-
-        kernel[grid](
+        kernel[lambda meta: (*tiles(meta), splits)](
             dy, x, parts, mean, x_scale, x_shift,
             shape.pixels, each, *shape.input[2:], shape.channels, shape.filters,
             *shape.output[2:], *stride, *padding, *dilation, group_channels, group_filters,
@@ -185,7 +180,7 @@ def wgrad(
 
     with on(x):
         key = (shape.taps, prologue is None)
-        way = Way(wgrad_kernel, problem, launch)
+        way = Way(wgrad_kernel, problem, launch, configs.candidates(problem))
         _, tile = tuning.choose([way], key, x, measure, tile)
         parts = launch(wrap(wgrad_kernel), tile, **tile.keywords)
         if parts.shape[0] > 1:
@@ -196,7 +191,7 @@ def wgrad(
 def _splits(pixels: int, programs: int, multiprocessors: int, block: int) -> tuple[int, int]:
     """How many parts of how many pixels: two programs a multiprocessor, but no part so short that
     writing and adding its sums takes longer than finding them."""
-    wanted = triton.cdiv(2 * multiprocessors, programs)
-    each = triton.cdiv(triton.cdiv(pixels, wanted), block) * block
-    each = max(each, 8 * block)
-    return triton.cdiv(pixels, each), each
+    steps = triton.cdiv(pixels, block)
+    wanted = max(1, min(triton.cdiv(2 * multiprocessors, programs), steps // 8))
+    parts, each = configs.equal_parts(steps, wanted)
+    return parts, each * block

@@ -24,25 +24,28 @@ _measured: dict[tuple, tuple[int, Tile]] = {}
 
 
 class Way(NamedTuple):
-    """A kernel that computes a problem. ``problem.kind`` names its tiles."""
+    """A kernel that computes a problem, in one of ``tiles``."""
 
     kernel: object
     problem: Problem
     launch: Callable[..., object]
+    tiles: tuple[Tile, ...]
 
 
 def choose(
     ways: Sequence[Way], key: tuple, like: Tensor, measure: Callable[[Way, object], object],
     tile: Tile | None = None,
 ) -> tuple[Way, Tile]:  # fmt: skip
-    """The way to compute a problem and its tile, ``tile`` where it is given; shipped is the first.
+    """The way to compute a problem and its tile, ``tile`` where it is given. The first way's launch
+    takes all tiles but those on descriptors, which are not shipped.
 
     ``measure(way, tuner)`` launches ``tuner``, which stands for the way's kernel without a tile, on
     fresh outputs; ``key`` tells launches apart that differ in more than the problem.
     """
     if tile is not None:
         return ways[-1 if tile.descriptors else 0], tile
-    shipped = ways[0], configs.shipped(ways[0].problem)
+    tiles = tuple(tile for way in ways for tile in way.tiles if not tile.descriptors)
+    shipped = ways[0], configs.shipped(ways[0].problem, tiles)
     if os.environ.get("FASTRES_AUTOTUNE", "0") != "1":
         return shipped
     key = (ways[0].kernel, ways[0].problem, len(ways), key, like.dtype, like.device)
@@ -59,19 +62,18 @@ def _fastest(ways: Sequence[Way], measure) -> tuple[int, Tile]:
     """Index of the way, and its tile."""
     found = []
     for index, way in enumerate(ways):
-        tiles = configs.candidates(way.problem)
-        if not tiles:
+        if not way.tiles:
             continue
-        tuner = tuner_of(way.kernel, way.problem)
+        tuner = tuner_of(way.kernel, way.problem, way.tiles)
         measure(way, tuner)
         best = tuner.best_config.all_kwargs()
-        tile = next(t for t in tiles if all(best[k] == v for k, v in t.keywords.items()))
+        tile = next(t for t in way.tiles if all(best[k] == v for k, v in t.keywords.items()))
         if len(ways) == 1:
             return index, tile
         timings = getattr(tuner, "configs_timings", None)
         if timings:
             median, *_ = timings[tuner.best_config]
-        else:  # of a single tile, which a tuner does not time
+        else:  # of a single tile, which a tuner does not time: with what else the way launches
             median, *_ = tuner.do_bench(
                 functools.partial(measure, way, tuner), quantiles=(0.5, 0.2, 0.8)
             )
@@ -87,16 +89,16 @@ def _measurable(like: Tensor) -> bool:
 
 
 @functools.cache
-def tuner_of(kernel, problem: Problem, do_bench=None):
-    """``problem`` belongs to the key by way of what is cached here: the candidates are pruned for
-    it, so every problem has a tuner, and a file on disk, of its own."""
+def tuner_of(kernel, problem: Problem, tiles: tuple[Tile, ...], do_bench=None):
+    """``problem`` belongs to the key by way of what is cached here: its tiles are pruned for it, so
+    every problem has a tuner, and a file on disk, of its own."""
     pruned = [
         triton.Config(
             {name: value for name, value in tile.keywords.items() if not name.startswith("num_")},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        for tile in configs.candidates(problem)
+        for tile in tiles
     ]
     sizes = [name for name in kernel.arg_names if name in _SIZES]
     return triton.autotune(pruned, key=sizes, cache_results=True, do_bench=do_bench)(kernel)

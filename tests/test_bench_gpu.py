@@ -272,6 +272,9 @@ def test_convolutions(interpreted_bench, device, budget, rows, monkeypatch):
         mine = [row for row in rows.all if row["pass"] == what and row["case"] == shape.name]
         assert {"eager", "fastres-triton", "fastres-triton tuned"} <= {r["provider"] for r in mine}
         assert {row["flops"] for row in mine} == {2 * 2 * 25 * 24 * 16}
+    single = [r for r in rows.all if r["pass"] == "eval, one image" and r["case"] == shape.name]
+    assert {"eager", "fastres-triton"} < {row["provider"] for row in single}
+    assert {row["flops"] for row in single} == {2 * 25 * 24 * 16}
     assert {row["class"] for row in rows.all} == {"1x1 c16", "3x3/2 c16"}
 
 
@@ -351,12 +354,14 @@ def test_what_the_sanitizer_runs(interpreted_bench, monkeypatch):
         interpreter.GridExecutor, "__call__",
         lambda self, *args, **keywords: (ran.add(self.fn.__name__), call(self, *args, **keywords)),
     )  # fmt: skip
-    monkeypatch.setattr(small, "CONVOLUTIONS", small.CONVOLUTIONS[1:3])
+    split = (72, 5, 24, 3, 1, 1)  # on as many multiprocessors as an H200 has
+    monkeypatch.setattr(sys.modules["fastres.kernels.configs"], "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(small, "CONVOLUTIONS", (*small.CONVOLUTIONS[1:3], split))
     small.main("cpu", (torch.float32,))
     assert triton and ran >= {
         "add_relu_kernel", "add_relu_backward_kernel", "moments_kernel", "finish_moments_kernel",
         "frozen_moments_kernel", "apply_kernel", "backward_sums_kernel", "finish_sums_kernel",
-        "backward_apply_kernel", "fprop_kernel", "dgrad_kernel", "wgrad_kernel",
+        "backward_apply_kernel", "fprop_kernel", "finish_parts_kernel", "dgrad_kernel", "wgrad_kernel",
     }  # fmt: skip
 
 

@@ -153,3 +153,25 @@ def test_a_compiled_graph_sees_the_convolutions(dynamic, groups):
         "fprop_kernel", "finish_moments_kernel", "apply_kernel", "fprop_kernel", "wgrad_kernel",
         *["dgrad_kernel"] * 4,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_sees_a_split_convolution(dynamic):
+    """Of few pixels and a long depth: its parts, and what finishes them, in eval and training."""
+    window = ([1, 1], [1, 1], [1, 1], 1)
+    operators = ops.OPERATORS["triton"]
+
+    def call(x, w, v):
+        bn = (v.clone(), v.clone(), v, v)
+        y, *_ = operators.conv_bn_relu_training(x, w, None, None, *bn, *window, 0.1, 1e-5, True)
+        return operators.conv_bn_relu(x, w, None, y, *bn, *window, 1e-5, True)
+
+    x, w = (
+        torch.randn(size).to(memory_format=torch.channels_last)
+        for size in ((2, 1040, 3, 2), (32, 1040, 3, 3))
+    )
+    kernels = kernels_in_the_graph_of(call, (x, w, torch.rand(32)), dynamic)
+    known = torch._library.triton.get_triton_kernels_for_op("fastres::triton_conv_bn_relu")
+    assert "finish_parts_kernel" in {kernel.fn.__name__ for kernel in known}
+    parts = ["fprop_kernel", "finish_parts_kernel"]
+    assert kernels == [*parts, "finish_moments_kernel", "apply_kernel", *parts]

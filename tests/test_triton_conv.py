@@ -236,8 +236,9 @@ def test_every_tile(kernels, kind, tile):
             operands, wide = ((case.activated(x), w, dy) for x, w, dy in (operands, wide))
             eager, truth = case.gradients(*operands)[1], case.gradients(*wide)[1]
             assert_close(ours, eager, truth, f"wgrad of {name}")
-        if kind in ("plain", "statistics", "prologue", "flat", "descriptors"):
-            prologue = affine if kind == "prologue" else None
+        if kind in ("plain", "statistics", "prologue", "flat", "parts", "descriptors"):
+            prologue = affine if kind in ("prologue", "parts") else None
+            tile = tile._replace(parts=2 if kind == "parts" else 1)
             ours, moments = launch.fprop(
                 case.x, case.w, *case.arguments,
                 prologue=prologue, statistics=kind != "plain", tile=tile,
@@ -320,8 +321,8 @@ def test_wrong_groups(kernels):
 
 
 def test_shipped_choice(kernels):
-    """Large maps get large tiles, small ones as many programs as there are, and no tile is wider
-    than the problem."""
+    """Large maps get large tiles, small ones a program for most multiprocessors, and no tile is
+    wider than the problem."""
     configs = kernels.configs
 
     def tile(rows, columns, kind="plain", precision="half"):
@@ -332,7 +333,9 @@ def test_shipped_choice(kernels):
     assert tile(256 * 56 * 56, 256)[:2] == (128, 128)
     assert tile(256 * 56 * 56, 64)[:2] == (128, 64)
     assert tile(256 * 56 * 56, 32)[:2] == (128, 32)
-    assert tile(14 * 14, 256)[:2] == (64, 64)
+    assert tile(256 * 56 * 56, 16)[:2] == (128, 32)
+    small = tile(14 * 14, 256)
+    assert 66 < triton.cdiv(14 * 14, small.BLOCK_M) * 256 / small.BLOCK_N <= 132
     assert tile(1, 1).BLOCK_N == min(t.BLOCK_N for t in configs.TILES[90]["plain"])
     assert tile(64, 576, "wgrad")[:2] == (64, 64)
     for kinds in configs.TILES.values():
@@ -352,8 +355,8 @@ def test_autotuning_measures_on_outputs_of_its_own(kernels, monkeypatch):
         written.append(tuners[-1].nargs["y"].data_ptr())
         return [-len(written)] * 3  # the later, the faster
 
-    def make_tuner(kernel, problem):
-        tuners.append(make(kernel, problem, bench))
+    def make_tuner(kernel, problem, tiles):
+        tuners.append(make(kernel, problem, tiles, bench))
         return tuners[-1]
 
     monkeypatch.setattr(tuning, "tuner_of", make_tuner)

@@ -46,6 +46,10 @@ def empty(*size, dtype) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if len(size) == 4 else tensor
 
 
+def parted(*operands, tile, **keywords):
+    launch.fprop(*operands, tile=tile._replace(parts=4), **keywords)
+
+
 def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
     """At ResNet-50's shapes with 256 channels, batch 256, and its stem."""
     activation, vector = (functools.partial(empty, dtype=d) for d in (dtype, torch.float32))
@@ -80,6 +84,8 @@ def cases(dtype=torch.bfloat16, allow_tf32=False) -> Iterator[Case]:
         yield case("dgrad descriptors masked", "descriptors", launch.dgrad, x, w, x.shape, **behind)
         yield case("fprop eval", "plain", launch.fprop, x, w, **eval_epilogue)
         yield case("fprop statistics", "statistics", launch.fprop, x, w, statistics=True)
+        for name, form in (("", {}), (" prologue", {"prologue": affine})):
+            yield case(f"fprop parts{name}", "parts", parted, x, w, **form)
         yield case("dgrad masked", "masked", launch.dgrad, x, w, x.shape, **behind)
         yield case("wgrad prologue", "wgrad", launch.wgrad, x, x, w.shape, prologue=affine)
     strided = {"stride": (2, 2), "padding": (1, 1)}
@@ -153,7 +159,7 @@ def accesses(binary, opcodes, least: int) -> list[int]:
 @pytest.mark.parametrize(
     "architecture, case, tile", matrix(),
     ids=lambda p: p.name if isinstance(p, Case) else str(p) if isinstance(p, int) else
-    "x".join(str(n) for n in p),
+    "x".join(str(n) for n in p[:6]),
 )  # fmt: skip
 def test_binary(architecture, case, tile):
     _, binary = row(architecture, case.name, tile)
@@ -227,6 +233,43 @@ def test_groups_and_strides(architecture, monkeypatch):
         assert binary.spills == 0 and binary.count("STG.128")
         # three classes of a 1x1 with stride 2 only write zeros
         assert bool(loads) == (made.keywords["R"] > 0)
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_single_image(architecture, monkeypatch):
+    """ResNet-50's last stages in the shipped choice: small tiles, and a depth in parts, whose sums
+    are loaded 16 bytes a thread and all at once."""
+    monkeypatch.setattr(configs, "architecture", lambda device: architecture)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
+    activation = functools.partial(empty, dtype=torch.bfloat16)
+    norm = [empty(512, dtype=torch.float32) for _ in range(4)]
+    names = []
+    for size, channels, taps in ((7, 512, 3), (7, 2048, 1), (14, 512, 1)):
+        x, w, y = (
+            activation(*of)
+            for of in (
+                (1, channels, size, size), (512, channels, taps, taps), (1, 512, size, size),
+            )
+        )  # fmt: skip
+        with aot.recorded() as launches:
+            launch.fprop(
+                x, w, padding=(taps // 2, taps // 2), norm=launch.Norm(*norm, 1e-5), residual=y,
+                relu=True,
+            )  # fmt: skip
+        for made in launches:
+            names.append(made.kernel.fn.__name__)
+            binary = aot.compile_launch(made, architecture)
+            assert binary.spills == 0 and binary.stack == 0
+            if names[-1] == "finish_parts_kernel":
+                moves = [
+                    line.split()[0] for line in binary.sass if line[:3] in ("LDG", "FAD", "BRA")
+                ]
+                together = ["LDG.E.128"] * made.keywords["TOGETHER"]
+                assert any(moves[i : i + len(together)] == together for i in range(len(moves)))
+                continue
+            assert binary.count("LDG.128") + binary.count("LDGSTS.128")
+            assert binary.count("STG.128") and any(matrix_instructions(binary).values())
+    assert names[:2] == ["fprop_kernel", "finish_parts_kernel"] and len(names) >= 4
 
 
 @pytest.mark.parametrize("allow_tf32", [False, True], ids=["ieee", "tf32"])

@@ -33,6 +33,9 @@ RESNET50 = {
     "3x3 512": (32, 512, 7, 512, 3, 1, 1, 1, 1),
     "1x1 512 to 2048": (32, 512, 7, 2048, 1, 1, 0, 1, 1),
     "3x3 512, one image": (1, 512, 7, 512, 3, 1, 1, 1, 1),
+    "3x3 256 stride 2, one image": (1, 256, 28, 256, 3, 2, 1, 1, 1),
+    "1x1 2048 to 512, one image": (1, 2048, 7, 512, 1, 1, 0, 1, 1),
+    "3x3 512, 8 images": (8, 512, 7, 512, 3, 1, 1, 1, 1),
 }
 OTHERS = {
     "ResNeXt 32x4": (16, 128, 56, 128, 3, 1, 1, 1, 32),
@@ -43,7 +46,10 @@ OTHERS = {
     "depthwise": (8, 96, 28, 96, 3, 1, 1, 1, 96),
 }
 SHAPES = RESNET50 | OTHERS
-FEW = ("stem", "1x1 64 to 256", "3x3 128 stride 2", "3x3 512", "ResNeXt 32x4", "odd")
+FEW = (
+    "stem", "1x1 64 to 256", "3x3 128 stride 2", "3x3 512", "3x3 512, one image", "ResNeXt 32x4",
+    "odd",
+)  # fmt: skip
 MARGIN = 0.1  # around zero, where another rounding flips the ReLU's mask
 
 
@@ -211,10 +217,11 @@ def test_another_stream():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", ["3x3 128 stride 2", "3x3 512, one image"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_cuda_graph(training):
+def test_cuda_graph(training, shape):
     """Captured with its backward, replayed on new data: running statistics move once a replay."""
-    case, fresh = (Case("3x3 128 stride 2", torch.bfloat16) for _ in "ab")
+    case, fresh = (Case(shape, torch.bfloat16) for _ in "ab")
     static = {n: t.clone().requires_grad_("run" not in n) for n, t in case.operands.items()}
     wanted = [t for n, t in static.items() if "run" not in n]
 
@@ -340,6 +347,53 @@ def test_autotuned(name, monkeypatch):
     assert len(tuning._measured) == 1
     for key, value in shipped.items():
         torch.testing.assert_close(tuned[key], value, rtol=1e-2, atol=1e-2)
+
+
+SMALL = [name for name in SHAPES if "image" in name] + ["odd", "ResNeXt 32x16", "dilated"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 40], ids=lambda parts: f"in {parts}")
+@pytest.mark.parametrize("name", SMALL)
+def test_small_tiles_and_parts(name, parts):
+    """Every tile of a whole depth or of a split one, with the epilogues of eval and of training; of
+    40 parts some are empty."""
+    launch = importlib.import_module("interpreting").launchers()
+    configs = importlib.import_module("fastres.kernels.configs")
+    case = Case(name, torch.bfloat16)
+    x, w, residual = (case.operands[key] for key in ("input", "weight", "residual"))
+    *sizes, groups = case.window
+    window = (*((size, size) for size in sizes), groups)
+    truth, eager = F.conv2d(x.double(), w.double(), None, *window), F.conv2d(x, w, None, *window)
+    variance, mean = torch.var_mean(truth, (0, 2, 3), correction=0)
+    kinds = configs.TILES[configs.architecture(x.device)]
+    for tile in kinds["plain"] if parts == 1 else kinds["parts"]:
+        run = functools.partial(
+            launch.fprop, x, w, *window, residual=residual, relu=True,
+            tile=tile._replace(parts=parts),
+        )  # fmt: skip
+        found, _ = run()
+        assert_close(found, (eager + residual).relu(), (truth + residual).relu())
+        assert torch.equal(found, run()[0])
+        if parts == 1:
+            continue
+        found, moments = launch.fprop(
+            x, w, *window, statistics=True, tile=tile._replace(parts=parts)
+        )
+        assert_close(found, eager, truth)
+        means, squares, counts = (t.double() for t in moments)
+        whole = (counts[:, None] * means).sum(0) / counts.sum()
+        spread = (squares + counts[:, None] * (means - whole).square()).sum(0) / counts.sum()
+        torch.testing.assert_close(whole, mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(spread, variance, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_image_is_split():
+    """On this device too: more programs than tiles of a long depth."""
+    configs = importlib.import_module("fastres.kernels.configs")
+    x = torch.empty(1, 512, 7, 7, device="cuda", dtype=torch.bfloat16)
+    problem = configs.problem("plain", x, False, 1, 49, 512, 512, 9)
+    tiles = configs.candidates(problem) + configs.split_candidates(problem)
+    assert configs.shipped(problem, tiles).parts > 4
 
 
 @pytest.mark.skipif(

@@ -22,6 +22,7 @@ CONVOLUTIONS = (
     (24, 19, 40, 3, 2, 1),
     (24, 19, 24, 3, 1, 6),
     (24, 91, 40, 3, 9, 1),  # beyond the tensor maps of sm_90: the portable kernel
+    (264, 9, 72, 3, 1, 1),  # few pixels, a long depth: it is split
 )
 
 

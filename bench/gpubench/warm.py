@@ -37,6 +37,7 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
     """Launches every kernel in every tile that may be tried for ``conv``; gives their number."""
     from .convolutions import BATCH as MEASURED
     from .convolutions import Problem
+    from .models import BATCHES
 
     problem = Problem(conv, batch, torch.device(device))
     tiles = configs.TILES[configs.architecture(problem.x.device)]
@@ -48,9 +49,15 @@ def compile_all(conv: Convolution, batch: int = BATCH, device: str = "cuda") -> 
     done = 0
     for kind, call in launches:
         for tile in tiles[kind]:
+            if tile in configs.SMALL:  # which lose on maps of so many pixels
+                continue
             if tile.BLOCK_N <= max(32, conv.cout) or kind == "wgrad":
                 call(tile)
                 done += 1
+    for images in BATCHES[1:]:  # in the shipped tile
+        (_, evaluated), *_ = _alone(Problem(conv, images, torch.device(device)))
+        evaluated(None)
+        done += 1
     return done
 
 
