@@ -11,8 +11,8 @@ from .arguments import compute_dtype, pair
 from .kernels.conv_class import class_of
 
 # By compute capability: the fastest backend of "add_relu" and "bn_relu", and of convolutions, with
-# all that belongs to their site, in "eval" and in "training" (forward and backward together), by
-# their classes. What is not here is PyTorch's. Only what was measured on such a device belongs
+# all that belongs to their site, in "eval", in "eval, one image" and in "training" (forward and
+# backward together), by their classes. What is not here is PyTorch's. Only what was measured on such a device belongs
 # here, and nothing has been yet: `make gpu` measures, and writes what to put here to
 # bench/results/<device>/choice.py, beside the figures.
 FASTEST: dict[tuple[int, int], dict[str, str | dict[str, str]]] = {}
@@ -22,7 +22,7 @@ class Convolution(NamedTuple):
     """What the choice for a convolution depends on."""
 
     name: str  # of its class
-    training: bool
+    pass_: str  # as in the table
     measured: bool  # whether in such a format: 16-bit values in channels_last
 
     @classmethod
@@ -30,7 +30,9 @@ class Convolution(NamedTuple):
         window = pair("stride", stride), pair("dilation", dilation)
         half = compute_dtype(input) in (torch.bfloat16, torch.float16)
         last = torch.channels_last in map(suggest_memory_format, (input, weight))
-        return cls(class_of(weight.shape, *window, groups), training, half and last)
+        one = "eval, one image" if input.shape[0] == 1 else "eval"
+        name = class_of(weight.shape, *window, groups)
+        return cls(name, "training" if training else one, half and last)
 
 
 def fastest(
@@ -43,5 +45,5 @@ def fastest(
     measured = FASTEST.get(torch.cuda.get_device_capability(device), {})
     if convolution is None:
         return measured.get(operator)
-    name, training, is_measured = convolution()
-    return measured.get("training" if training else "eval", {}).get(name) if is_measured else None
+    name, pass_, is_measured = convolution()
+    return measured.get(pass_, {}).get(name) if is_measured else None

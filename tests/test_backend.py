@@ -146,7 +146,11 @@ def test_each_convolution_by_what_was_fastest_for_its_class(monkeypatch):
     monkeypatch.setattr(launches, "FOUND", True)
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    table = {"eval": {"3x3 c64": "cuda"}, "training": {"3x3 c64": "triton", "1x1/2 c64": "cuda"}}
+    table = {
+        "eval": {"3x3 c64": "cuda"},
+        "eval, one image": {"1x1 c64": "triton"},
+        "training": {"3x3 c64": "triton", "1x1/2 c64": "cuda"},
+    }
     monkeypatch.setitem(choice.FASTEST, (9, 0), table)
     last = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
     x = torch.zeros(2, 100, 7, 7).to(**last)
@@ -161,6 +165,7 @@ def test_each_convolution_by_what_was_fastest_for_its_class(monkeypatch):
     assert served() == "cuda" and served(training=True) == "triton"
     assert served(1, (2, 2), training=True) == "cuda"
     assert served(1) == served(3, 2) == "eager", "not in the table"
+    assert served(1, x=x[:1]) == "triton" and served(x=x[:1]) == "eager"
     contiguous = x.contiguous()
     assert served(x=x.float()) == served(x=contiguous) == "eager", "not measured in this format"
     assert served(x=contiguous, weight_format=torch.channels_last) == "cuda"

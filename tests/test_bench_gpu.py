@@ -443,6 +443,7 @@ def test_what_auto_should_take(gpubench, tmp_path):
         *rows("eval", "3x3 c64", "d", eager=3, vendor=2, cuda=2.1, triton=1.5),
         *rows("eval", "3x3/2 c64", "e", eager=3, vendor=2, cuda=2.5, triton=2.5),
         *rows("eval", "7x7/2 c2", "f", eager=3, vendor=2, triton=2.5),
+        *rows("eval, one image", "1x1 c64", "a", eager=3, vendor=2, cuda=2.5, triton=1),
         *rows("training", "1x1 c64", "a", eager=5, vendor=4, cuda=3, triton=3),
         *rows("dgrad", "1x1 c64", "a", eager=2, cuda=3, triton=9),
         *rows("wgrad", "1x1 c64", "a", eager=2, cuda=2.5, triton=1),
@@ -459,6 +460,7 @@ def test_what_auto_should_take(gpubench, tmp_path):
     assert runpy.run_path(str(path))["FASTEST"] == {(9, 0): {
         "add_relu": "cuda",
         "eval": {"1x1 c64": "cuda", "3x3 c64": "triton", "3x3/2 c64": "triton", "7x7/2 c2": "triton"},
+        "eval, one image": {"1x1 c64": "triton"},
         "training": {"1x1 c64": "triton"},
     }}  # fmt: skip
 

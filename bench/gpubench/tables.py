@@ -61,7 +61,11 @@ def _won(rows: list[dict], rival: str) -> list[str]:
 # --- fastres/choice: which backend is taken by `auto` ---------------------------------------------
 
 ELEMENTWISE = {"add_relu": ("add_relu",), "bn_relu": ("bn_relu", "bn_add_relu")}
-PASSES = {"eval": ("eval",), "training": ("training", "dgrad", "wgrad")}
+PASSES = {
+    "eval": ("eval",),
+    "eval, one image": ("eval, one image",),
+    "training": ("training", "dgrad", "wgrad"),
+}
 
 
 def choice(device: dict, elementwise: list[dict], convolutions: list[dict]) -> str:
@@ -104,7 +108,7 @@ def _whole(rows: list[dict], passes: tuple[str, ...]) -> list[dict]:
         total = dict.fromkeys(("eager", VENDORS, "fastres-cuda", "fastres-triton"), 0.0)
         for name in passes:
             found = times[name,]
-            vendors = found[RIVALS[name]]
+            vendors = found[RIVALS.get(name, VENDORS)]
             total["eager"] += found["eager"]
             total[VENDORS] += vendors
             total["fastres-cuda"] += found["fastres-cuda"]
