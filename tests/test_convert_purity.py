@@ -58,6 +58,16 @@ class Remembers(Block):
         return out
 
 
+def remember(x, seen=[]):  # noqa: B006
+    seen.append(x)
+    return x
+
+
+class RemembersInADefault(Block):
+    def forward(self, x):
+        return super().forward(remember(x))
+
+
 class StochasticDepth(Block):
     def forward(self, x):
         if self.training and torch.rand(1) < 0.5:
@@ -193,7 +203,7 @@ class CallsWrapped(Block):
 
 UNTRACEABLE = {
     Counts: "sets the attribute calls", CountsInADict: "changes a list or dict",
-    Remembers: "changes a list or dict", StochasticDepth: "torch.rand",
+    Remembers: "changes a list or dict", RemembersInADefault: "keeps a tensor", StochasticDepth: "torch.rand",
     PythonRandom: "random", Clock: "time", Prints: "print", AsksType: "a value's type",
     AsksAttribute: "names_of_my_own", DependsOnValues: "decision depends on a tensor",
     DependsOnShape: "decision depends on a tensor", Swallows: "'try'", NoGrad: "'with'",
