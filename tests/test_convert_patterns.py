@@ -8,6 +8,7 @@ from converting import (
     assert_agrees,
     images,
     kinds,
+    randomized,
     reasons,
 )
 from torch import nn
@@ -211,6 +212,34 @@ def test_left_alone_with_the_reason(name):
     assert kinds(converted) == fused
     if path is not None:
         assert reason in reasons(converted)[path]
+
+
+class AddsBehindAModule(Block):
+    """``passing`` returns the very tensor it is given, in eval at least: the caller's changes."""
+
+    def __init__(self, passing):
+        super().__init__()
+        self.passing = passing
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        same = self.passing(x)
+        same += out
+        return self.relu(same)
+
+
+@pytest.mark.parametrize(
+    "passing", [nn.Identity(), nn.Dropout(0.5), nn.Sequential(), nn.Flatten(3)]
+)
+def test_an_input_that_a_module_passes_on_is_changed(passing):
+    model = randomized(AddsBehindAModule(passing)).double().eval()
+    converted = fastres.convert(model, inplace=False)
+    assert kinds(converted) == {"conv_bn": 1}
+    x = images().double()
+    eager = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(eager))
+    torch.testing.assert_close(x, eager)
 
 
 class Functional(Block):

@@ -58,6 +58,25 @@ class Remembers(Block):
         return out
 
 
+def remember(x, seen=[]):  # noqa: B006
+    seen.append(x)
+    return x
+
+
+class RemembersInADefault(Block):
+    def forward(self, x):
+        return super().forward(remember(x))
+
+
+class ChangesData(Block):
+    """The convolution behind keeps the changed values for its gradient; autograd is not told."""
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out.data.mul_(2)
+        return self.relu(self.bn2(self.conv2(out)) + x)
+
+
 class StochasticDepth(Block):
     def forward(self, x):
         if self.training and torch.rand(1) < 0.5:
@@ -193,7 +212,8 @@ class CallsWrapped(Block):
 
 UNTRACEABLE = {
     Counts: "sets the attribute calls", CountsInADict: "changes a list or dict",
-    Remembers: "changes a list or dict", StochasticDepth: "torch.rand",
+    Remembers: "changes a list or dict", RemembersInADefault: "keeps a tensor",
+    ChangesData: "uses .data of a value", StochasticDepth: "torch.rand",
     PythonRandom: "random", Clock: "time", Prints: "print", AsksType: "a value's type",
     AsksAttribute: "names_of_my_own", DependsOnValues: "decision depends on a tensor",
     DependsOnShape: "decision depends on a tensor", Swallows: "'try'", NoGrad: "'with'",

@@ -4,6 +4,7 @@ import argparse
 import copy
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -35,8 +36,11 @@ class Config:
 
 
 def namespace(kind):
-    """As :class:`Config`, its method being a function that it holds."""
-    return kind(skip=True, scale=Scale(), shifts=[1.0, 2.0], shift=lambda index: 1.0 + index)
+    """As :class:`Config`, its method being a function that it holds, with what options hold too."""
+    return kind(
+        skip=True, scale=Scale(), shifts=[1.0, 2.0], shift=lambda index: 1.0 + index,
+        out=Path("runs"), device=torch.device("cpu"), seed=None, layers=[1, {"width": (8, 8)}],
+    )  # fmt: skip
 
 
 CONFIGS = {
@@ -103,8 +107,10 @@ def test_a_change_is_seen(config, change):
         assert_same(results(converted, [x], training), results(model, [x], training))
 
 
-def test_a_compiled_model_sees_a_change():
-    model = fastres.convert(Configured(Config())).eval()
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_compiled_model_sees_a_change(config):
+    torch._dynamo.reset()
+    model = fastres.convert(Configured(CONFIGS[config]())).eval()
     x = images()
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

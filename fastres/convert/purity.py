@@ -16,6 +16,7 @@ import functools
 import gc
 import keyword
 import os
+import pathlib
 import random
 import sys
 import sysconfig
@@ -61,7 +62,7 @@ _LISTING = frozenset({
 })  # fmt: skip
 _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), enum.Enum,
-    torch.dtype, torch.device, torch.memory_format, torch.layout,
+    torch.dtype, torch.device, torch.memory_format, torch.layout, pathlib.PurePath,
 )  # fmt: skip
 
 

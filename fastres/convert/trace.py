@@ -269,6 +269,8 @@ class _Value(Proxy):
     """A traced value that knows in-place operators apart and tells when it is asked for its type."""
 
     def __getattr__(self, name: str):
+        if name == "data":  # a change through it has no version: what is made again would miss it
+            raise Refused("forward uses .data of a value")
         if self.tracer.watch.asking:
             self.tracer.asked(f"whether a value has {name}")
         return self.tracer._remember(_Attribute(self, name))
