@@ -18,6 +18,7 @@ from .conv_shape import MOST_PIXELS
 PASSES = (
     "conv",  # the output alone
     "eval",  # with batch norm, addition and ReLU in its epilogue
+    "eval, one image",
     "training",  # with the batch's statistics in its epilogue
     "dgrad",
     "wgrad",

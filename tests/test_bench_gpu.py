@@ -421,7 +421,7 @@ def test_what_to_put_into_the_table(gpubench, tmp_path):
     table = runpy.run_path(str(tmp_path / "conv_choice.py"))["SERVED"][(90, "half")]
     assert table["eval"] == {"1x1 c64"} and not table["dgrad"]
     chain = {"bn_relu_conv", "bn_relu_conv_dgrad", "bn_relu_conv_wgrad"}
-    assert table.keys() == {"eval", "training", "dgrad", "wgrad", *chain}
+    assert table.keys() == {"eval", "eval, one image", "training", "dgrad", "wgrad", *chain}
 
 
 def test_what_auto_should_take(gpubench, tmp_path):

@@ -113,6 +113,18 @@ def test_the_table_decides_on_a_gpu(kernels, monkeypatch):
     assert not serves("eval", (256, 64, 1, 1))
 
 
+def test_a_single_image_has_a_choice_of_its_own(kernels, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        kernels("conv_choice"), "serves", lambda what, *_, **__: asked.append(what) or True
+    )
+    for images in (1, 2):
+        operands, how = operands_for("3x3", (images, 7, 6), torch.float32, LAST, "conv_bn")
+        with torch.no_grad():
+            check("conv_bn", operands, how, gradients=False)
+    assert asked == ["eval, one image", "eval"]
+
+
 def test_classes_of_shapes(kernels):
     class_of = kernels("conv_class").class_of
     assert class_of((64, 3, 7, 7), (2, 2), (1, 1), 1) == "7x7/2 c2"

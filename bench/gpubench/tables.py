@@ -20,6 +20,7 @@ def grouped(rows: list[dict], key: str) -> dict[str, list[dict]]:
 VENDORS = "fastres-triton, cuDNN's convolution"
 RIVALS = {
     "eval": VENDORS,
+    "eval, one image": VENDORS,
     "training": VENDORS,
     "dgrad": "eager",
     "wgrad": "eager",
@@ -108,7 +109,7 @@ def _whole(rows: list[dict], passes: tuple[str, ...]) -> list[dict]:
         total = dict.fromkeys(("eager", VENDORS, "fastres-cuda", "fastres-triton"), 0.0)
         for name in passes:
             found = times[name,]
-            vendors = found[RIVALS.get(name, VENDORS)]
+            vendors = found[RIVALS[name]]
             total["eager"] += found["eager"]
             total[VENDORS] += vendors
             total["fastres-cuda"] += found["fastres-cuda"]
