@@ -54,7 +54,11 @@ def generated(
 
 def conditions_of(traced: Trace) -> list[str]:
     """What has to hold for a trace, as expressions; ``_expected`` are the guards' values."""
-    conditions = [f"({each}) == _expected[{i}]" for i, each in enumerate(traced.guards)]
+    conditions = [
+        # a compiler of PyTorch 2.11 compares classes by the __eq__ of their instances
+        f"({each}) {'is' if isinstance(value, type) else '=='} _expected[{i}]"
+        for i, (each, value) in enumerate(traced.guards.items())
+    ]
     return conditions + [f"_is_plain_container({attribute_path(p)})" for p in traced.inlined]
 
 

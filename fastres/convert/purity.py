@@ -349,8 +349,14 @@ def _copy(value, what: str):
     raise Refused(f"{what}, a {type(value).__name__} that may change")
 
 
+# A compiler reads the guards, too, and that of PyTorch 2.11 cannot list an object's attributes.
+GUARDS_RECORDS = torch.__version__ >= "2.13"
+
+
 def _is_record(value) -> bool:
     """Whether ``value`` is its attributes and nothing else: a namespace, or a plain dataclass."""
+    if not GUARDS_RECORDS:
+        return False
     cls, held = type(value), getattr(value, "__dict__", None)
     if held is None or not all(
         name.isidentifier() and not keyword.iskeyword(name) for name in held

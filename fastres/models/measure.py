@@ -58,7 +58,9 @@ def activation_bytes(model: nn.Module, images: Tensor) -> int:
 
     def graph() -> list:
         leaves = (leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor))
-        return [leaf.grad_fn for leaf in leaves]
+        # a sum keeps no tensor, but what is behind it: a function written in Python, which may have
+        # given the leaf, does not live by its grad_fn alone in PyTorch 2.11
+        return [leaf.sum().grad_fn for leaf in leaves]
 
     with torch.enable_grad():
         return kept_bytes(graph, images.device)
