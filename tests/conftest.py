@@ -103,3 +103,11 @@ def one_thread(threads):
 @pytest.fixture
 def torchvision():
     return pytest.importorskip("fastres.compat").import_torchvision()
+
+
+@pytest.fixture
+def extension():
+    """The compiled one."""
+    if ops.extension is None:
+        pytest.skip("the compiled extension is not installed")
+    return ops.extension
