@@ -1,7 +1,8 @@
 """Which backend serves a call, and why: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``eager``.
 
 ``auto`` takes the best that serves the tensor's device, on a GPU what :mod:`fastres.choice` says of
-it; ``eager`` is PyTorch's own operators. The choice is one for the process, as PyTorch's ``torch.backends`` flags are.
+it; ``eager`` is PyTorch's own operators. The choice is one for the process, as PyTorch's
+``torch.backends`` flags are.
 """
 
 import os

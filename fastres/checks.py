@@ -157,7 +157,8 @@ def _batch_norm(
     """The parameters and statistics of F.batch_norm, vectors of C values, on a map of ``shape``."""
     if training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(
-            f"input: expected more than 1 value per channel when training, got input size {tuple(shape)}"
+            "input: expected more than 1 value per channel when training, "
+            f"got input size {tuple(shape)}"
         )
     if eps < 0 or (training and eps == 0):
         raise ValueError(

@@ -12,9 +12,9 @@ from .kernels.conv_class import class_of
 
 # By compute capability: the fastest backend of "add_relu" and "bn_relu", and of convolutions, with
 # all that belongs to their site, in "eval", in "eval, one image" and in "training" (forward and
-# backward together), by their classes. What is not here is PyTorch's. Only what was measured on such a device belongs
-# here, and nothing has been yet: `make gpu` measures, and writes what to put here to
-# bench/results/<device>/choice.py, beside the figures.
+# backward together), by their classes. What is not here is PyTorch's. Only what was measured on
+# such a device belongs here, and nothing has been yet: `make gpu` measures, and writes what to put
+# here to bench/results/<device>/choice.py, beside the figures.
 FASTEST: dict[tuple[int, int], dict[str, str | dict[str, str]]] = {}
 
 
@@ -22,7 +22,7 @@ class Convolution(NamedTuple):
     """What the choice for a convolution depends on."""
 
     name: str  # of its class
-    pass_: str  # as in the table
+    what: str  # it is asked for, as in the table
     measured: bool  # whether in such a format: 16-bit values in channels_last
 
     @classmethod
@@ -45,5 +45,5 @@ def fastest(
     measured = FASTEST.get(torch.cuda.get_device_capability(device), {})
     if convolution is None:
         return measured.get(operator)
-    name, pass_, is_measured = convolution()
-    return measured.get(pass_, {}).get(name) if is_measured else None
+    name, what, is_measured = convolution()
+    return measured.get(what, {}).get(name) if is_measured else None

@@ -97,12 +97,13 @@ def case(request):
     return Case(SHAPES[name], dtype)
 
 
-def test_fprop_eval(kernels, case):
+def check_eval(kernels, case, prologue=False, **how):
+    """Bias, batch norm, residual and ReLU, of a convolution of x or of relu(batch_norm(x))."""
     mean, scale, shift = case.k_vectors
     variance, bias = shift.abs() + 0.5, scale.flip(0)
 
     def eager(x, w, residual):
-        y = case.conv(x, w)
+        y = case.conv(case.activated(x) if prologue else x, w)
         wide = y if y.dtype == torch.float64 else y.float()
         m, v, a, b, c = (per_channel(t, wide) for t in (mean, variance, scale, shift, bias))
         y = (wide + c - m) * (v + 1e-3).rsqrt() * a + b
@@ -110,13 +111,17 @@ def test_fprop_eval(kernels, case):
 
     operands = case.x, case.w, case.residual
     ours, moments = kernels.launch.fprop(
-        case.x, case.w, *case.arguments,
-        bias=bias, norm=kernels.launch.Norm(mean, variance, scale, shift, 1e-3),
-        residual=case.residual, relu=True,
+        case.x, case.w, *case.arguments, bias=bias, residual=case.residual, relu=True,
+        norm=kernels.launch.Norm(mean, variance, scale, shift, 1e-3),
+        prologue=kernels.launch.Affine(*case.vectors) if prologue else None, **how,
     )  # fmt: skip
     assert moments is None
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_close(ours, eager(*operands), eager(*(t.double() for t in operands)))
+
+
+def test_fprop_eval(kernels, case):
+    check_eval(kernels, case)
 
 
 def test_fprop_training(kernels, case):

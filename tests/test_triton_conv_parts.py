@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from agreement import assert_close, assert_same_bits
-from test_triton_conv import SHAPES, Case, kernels, merged, per_channel
+from test_triton_conv import SHAPES, Case, check_eval, kernels, merged
 
 triton = pytest.importorskip("triton")
 
@@ -32,26 +32,8 @@ def split(request, kernels):
 
 
 def test_eval(kernels, split):
-    """Bias, batch norm, residual and ReLU, of a convolution of relu(batch_norm(x))."""
     case, tile = split
-    mean, scale, shift = case.k_vectors
-    variance, bias = shift.abs() + 0.5, scale.flip(0)
-
-    def eager(x, w, residual):
-        y = case.conv(case.activated(x), w)
-        wide = y if y.dtype == torch.float64 else y.float()
-        m, v, a, b, c = (per_channel(t, wide) for t in (mean, variance, scale, shift, bias))
-        y = (wide + c - m) * (v + 1e-3).rsqrt() * a + b
-        return (y + residual).relu().to(x.dtype)
-
-    operands = case.x, case.w, case.residual
-    ours, moments = kernels.launch.fprop(
-        case.x, case.w, *case.arguments, prologue=kernels.launch.Affine(*case.vectors),
-        bias=bias, norm=kernels.launch.Norm(mean, variance, scale, shift, 1e-3),
-        residual=case.residual, relu=True, tile=tile,
-    )  # fmt: skip
-    assert moments is None and ours.is_contiguous(memory_format=torch.channels_last)
-    assert_close(ours, eager(*operands), eager(*(t.double() for t in operands)))
+    check_eval(kernels, case, prologue=True, tile=tile)
 
 
 def test_training(kernels, split):

@@ -17,8 +17,8 @@ template <int kTileK>
 constexpr int kHalfBytes = kTileK / 64 * kBoxBytes;
 
 // What a thread of the epilogue has to know of its columns, in shared memory before it begins.
-// kApply, of a pair of filters: folded_pair(). kMask, of one: mean, scale and shift of
-// the batch norm behind.
+// kApply, of a pair of filters: folded_pair(). kMask, of one: mean, scale and shift of the batch
+// norm behind.
 constexpr int kMostColumns = 128;
 
 template <Epilogue kEpilogue, int kTileK>

@@ -96,9 +96,9 @@ __device__ void wgrad_consume(WgradMemory<kTileK>& m, const ConvShape& shape,
           };
           if (shape.is_padded()) {
             const Windows<4> windows(shape, first, 16);
-            prepare([&](int i) { return windows.has(i, at.r, at.s); });
+            prepare([&](int row) { return windows.has(row, at.r, at.s); });
           } else {
-            prepare([&](int i) { return first + 16 * i < shape.pixels(); });
+            prepare([&](int row) { return first + 16 * row < shape.pixels(); });
           }
           pixel += WgradTiles::kPixels;
         }

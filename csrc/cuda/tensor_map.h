@@ -73,7 +73,7 @@ using TensorMap = TensorMapFields;
 inline TensorMap encode(const TensorMapFields& fields) { return fields; }
 #else
 using TensorMap = CUtensorMap;
-// In tensor_map.cu: throws c10::Error where the driver lacks the function or refuses the fields.
+// In tensor_map.cpp: throws c10::Error where the driver lacks the function or refuses the fields.
 TensorMap encode(const TensorMapFields& fields);
 #endif
 
